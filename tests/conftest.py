@@ -1,0 +1,122 @@
+"""What the tests share: the command line as a user calls it, the emulator, and the files a run should make."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DAYS = ("--start", "2024-01-01", "--end", "2024-01-02")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a machine without an account."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_", "CLOUDSDK_"))}
+    return {**kept, "NO_GCE_CHECK": "true", "HOME": "/nonexistent", **more}
+
+
+def start(*args: Any, **env: str) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own."""
+    command = [sys.executable, str(ROOT / "generator.py"), *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment(**env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def wattif(*args: Any, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line and wait for its end."""
+    with start(*args, **env) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    """Read every file below a directory, by its path within."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if not p.is_dir()}
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> Any:
+    """Return a function that says which objects the same flags should make, from a run with --output-dir."""
+
+    def make(*args: Any) -> dict[str, bytes]:
+        directory = tmp_path / f"expected-{uuid.uuid4()}"
+        done = wattif(*args, "--output-dir", directory)
+        assert done.returncode == 0, done.stderr
+        return files_below(directory)
+
+    return make
+
+
+class Emulator:
+    """The emulator of Cloud Storage, with a new bucket for each test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = storage.Client(
+            project="tests", credentials=AnonymousCredentials(), client_options={"api_endpoint": url}
+        )
+        self.bucket = self.client.create_bucket(f"bucket-{uuid.uuid4()}")
+
+    def run(self, *args: Any, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line against the bucket."""
+        return wattif("--bucket", self.bucket.name, *args, STORAGE_EMULATOR_HOST=self.url, **env)
+
+    def objects(self) -> dict[str, storage.Blob]:
+        """List the bucket."""
+        return {blob.name: blob for blob in self.client.list_blobs(self.bucket)}
+
+
+@pytest.fixture(scope="session")
+def emulator_url() -> Iterator[str]:
+    """Start the emulator on a free port of loopback and stop it at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "gcp_storage_emulator",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-M",
+        "-q",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except ConnectionRefusedError:
+                    assert process.poll() is None and time.monotonic() < deadline, "the emulator does not start"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def emulator(emulator_url: str) -> Iterator[Emulator]:
+    """Give a test an empty bucket of the emulator and forget its objects afterwards."""
+    yield Emulator(emulator_url)
+    urllib.request.urlopen(f"{emulator_url}/wipe").close()

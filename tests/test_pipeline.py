@@ -1,0 +1,144 @@
+"""Uploads: what arrives, what stays on disk, and what a run says when the bucket or the disk refuses."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any, Callable
+
+import google_crc32c
+import pytest
+
+from conftest import DAYS, Emulator, files_below, wattif
+from server import Request, Server
+
+SMALL = (*DAYS, "--interval", "3600")
+
+
+def crc32c(content: bytes) -> str:
+    """The checksum as Cloud Storage writes it."""
+    return base64.b64encode(google_crc32c.Checksum(content).digest()).decode()
+
+
+def announced(report: str) -> int:
+    """The disk use in bytes that the plan announces."""
+    return int(re.search(r"^disk +at most ([\d,]+) bytes", report, re.M)[1].replace(",", ""))
+
+
+def run(server: Server, temp_dir: Path, *flags: Any) -> Any:
+    """Upload to the server, which must find nothing wrong with any request."""
+    done = wattif("--bucket", "a-bucket", "--temp-dir", temp_dir, *flags, STORAGE_EMULATOR_HOST=server.url)
+    assert not server.problems
+    return done
+
+
+def test_full_days_arrive_exactly(emulator: Emulator, expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = (*DAYS, "--meters", 300)
+    done = emulator.run(*flags, "--temp-dir", tmp_path / "temp", "--batch-size", 70)
+    assert done.returncode == 0, done.stderr
+    assert "600 objects, 5,184,000 readings" in done.stderr and done.stdout == ""
+    made, wanted = emulator.objects(), expected(*flags)
+    assert len(wanted) == 600
+    assert {name: (b.size, b.crc32c, b.content_type) for name, b in made.items()} == {
+        name: (len(content), crc32c(content), "application/x-ndjson") for name, content in wanted.items()
+    }
+    assert list((tmp_path / "temp").iterdir()) == []
+
+
+def test_a_repeated_run_overwrites_objects_with_equal_ones(
+    emulator: Emulator, expected: Callable[..., dict], tmp_path: Path
+) -> None:
+    for batch_size in (4, 100):
+        done = emulator.run(*SMALL, "--meters", 9, "--temp-dir", tmp_path, "--batch-size", batch_size)
+        assert done.returncode == 0, done.stderr
+    wanted = expected(*SMALL, "--meters", 9)
+    assert {name: blob.download_as_bytes() for name, blob in emulator.objects().items()} == wanted
+
+
+def test_a_missing_bucket_ends_the_run_early(emulator_url: str, tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 100, "--batch-size", 5, "--temp-dir", tmp_path)
+    done = wattif("--bucket", "no-such-bucket", *flags, STORAGE_EMULATOR_HOST=emulator_url)
+    assert done.returncode == 1
+    assert "error: there is no bucket gs://no-such-bucket: create it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 5 <= len(list(tmp_path.rglob("*.ndjson"))) <= 15
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "the credentials were not accepted"), (403, "no permission"), (404, "there is no bucket")],
+)
+def test_a_permanent_refusal_ends_the_run_early(tmp_path: Path, status: int, message: str) -> None:
+    with Server(fault=lambda request: status if request.number > 20 else None) as server:
+        done = run(server, tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
+    assert done.returncode == 1 and f"error: {message}" in done.stderr
+    assert len(server.requests) < 100 and len(server.objects) == 21 and "\n21 objects" in done.stderr
+
+
+def test_a_batch_in_which_nothing_arrives_ends_the_run_early(tmp_path: Path) -> None:
+    with Server(fault=lambda request: 400) as server:
+        done = run(server, tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
+    assert done.returncode == 1 and "error: nothing of a batch of 10 arrived in gs://a-bucket" in done.stderr
+    assert len(server.requests) <= 30
+
+
+def test_a_failed_file_stays_and_is_named(expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 25, "--batch-size", 10)
+    wanted = expected(*flags)
+    failing = sorted(wanted)[7]
+    with Server(fault=lambda request: 400 if request.name == failing else None) as server:
+        done = run(server, tmp_path / "temp", *flags)
+    assert done.returncode == 1
+    assert f"failed: {tmp_path}/temp/wattif/{failing}: HTTP 400" in done.stderr and "1 failed" in done.stderr
+    assert files_below(tmp_path / "temp") == {f"wattif/{failing}": wanted.pop(failing)}
+    assert {name: stored.content for name, stored in server.objects.items()} == wanted
+
+
+def test_what_an_earlier_run_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    mine = tmp_path / "dt=2024-01-01" / "020000000000.ndjson"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with Server(fault=lambda request: 400 if request.number == 3 else None) as server:
+        assert run(server, tmp_path, *SMALL, "--meters", 25).returncode == 1
+        assert len(files_below(tmp_path)) == 2
+        assert run(server, tmp_path, *SMALL, "--meters", 25).returncode == 0
+    assert files_below(tmp_path) == {"dt=2024-01-01/020000000000.ndjson": b"mine"}
+    assert len(server.objects) == 50
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> None:
+    peak = 0
+
+    def measure(request: Request) -> int | None:
+        nonlocal peak
+        waiting = 0
+        for path in (tmp_path / "wattif").glob("dt=*/*"):
+            try:
+                waiting += path.lstat().st_size
+            except FileNotFoundError:
+                continue
+        peak = max(peak, waiting)
+        return 400 if failing and request.number % 9 == 0 else None
+
+    with Server(delay=0.01, fault=measure) as server:
+        done = run(server, tmp_path, *DAYS, "--interval", 60, "--meters", 60, "--batch-size", 4)
+    bound = announced(done.stderr)
+    assert bound == 4 * 3 * 1440 * 79
+    assert bound * 0.6 < peak <= bound
+    assert done.returncode == int(failing)
+    if failing:
+        assert "\nerror: " in done.stderr
+        assert len(server.objects) < 108 and len(list(tmp_path.rglob("*.ndjson"))) <= 12
+    else:
+        assert len(server.objects) == 120
+
+
+def test_verbose_logs_each_batch(tmp_path: Path) -> None:
+    with Server() as server:
+        done = run(server, tmp_path, *SMALL, "--meters", 25, "--batch-size", 10, "-v")
+    assert (
+        len(re.findall(r"^[\d-]+ [\d:,]+ DEBUG upload_\d: 2024-01-0[12]: uploaded \d+ of \d+", done.stderr, re.M)) == 6
+    )
+    assert len(re.findall(r" write_0: 2024-01-0[12]: wrote \d+ files", done.stderr)) == 6
