@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import itertools
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -34,12 +37,15 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from urllib.request import getproxies
 
 import orjson
 from bloom_filter import BloomFilter
@@ -57,7 +63,7 @@ ROW = b'{"meter_id":"000000000000","timestamp":"2024-01-01T00:00:00Z","reading":
 ROW_BYTES = len(ROW)
 ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
-CONTENT_TYPE = "application/x-ndjson"
+CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}
 
 BLOCK_METERS = 1 << 20
 BLOCKS = 1 << 16
@@ -74,6 +80,8 @@ DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
 SPOOL = "wattif"
 REQUEST_TIMEOUT = 60.0
+UPLOAD_CHUNK_BYTES = 16 << 20
+TICK_SECONDS = 0.1
 NAMED_FAILURES = 10
 
 
@@ -87,24 +95,30 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run is told; the first five fields alone determine the bytes."""
+    """Everything that one run is told; the first seven fields alone determine the objects."""
 
     start: date
     end: date
     meters: int
     interval: int
     seed: int
+    meters_per_file: int
+    gzip: bool
+    task_index: int
+    task_count: int
+    task_source: str
     bucket: str | None
     directory: str
     batch_size: int
+    processes: int
     write_workers: int
     upload_workers: int
     transfer_workers: int
 
     @property
-    def days(self) -> Iterator[date]:
-        """The days of the run, in order, both ends included."""
-        return map(date.fromordinal, range(self.start.toordinal(), self.end.toordinal() + 1))
+    def days(self) -> range:
+        """The days of the run, both ends included, as proleptic Gregorian ordinals."""
+        return range(self.start.toordinal(), self.end.toordinal() + 1)
 
     @property
     def rows(self) -> int:
@@ -112,29 +126,61 @@ class Run:
         return DAY_SECONDS // self.interval
 
     @property
+    def slices(self) -> list[range]:
+        """Each process's share of this task's files of a day, by their indices: contiguous, none of them empty."""
+        files = share(range(-(-self.meters // self.meters_per_file)), self.task_index, self.task_count)
+        count = min(self.processes, len(files))
+        return [share(files, index, count) for index in range(count)]
+
+    def meters_of(self, files: range) -> range:
+        """The fleet indices of the meters in contiguous files."""
+        return range(files.start * self.meters_per_file, min(files.stop * self.meters_per_file, self.meters))
+
+    @property
     def objects(self) -> int:
-        """Objects of the whole run."""
-        return self.meters * ((self.end - self.start).days + 1)
+        """Objects of this task."""
+        return len(self.days) * sum(map(len, self.slices))
+
+    @property
+    def readings(self) -> int:
+        """Readings of this task."""
+        return len(self.days) * self.rows * sum(len(self.meters_of(files)) for files in self.slices)
+
+    def most_bytes(self, readings: int, files: int) -> int:
+        """The size of files with so many readings altogether: exact, or with --gzip what it never exceeds."""
+        size = readings * ROW_BYTES
+        return size + size // 1000 + 64 * files if self.gzip else size
 
     @property
     def file_bytes(self) -> int:
-        """Size of one file."""
-        return self.rows * ROW_BYTES
+        """The most bytes of one file."""
+        return self.most_bytes(min(self.meters_per_file, self.meters) * self.rows, 1)
 
     @property
-    def files_on_disk(self) -> int:
-        """The most files that wait on disk at once: a batch for each thread that writes or uploads one."""
-        return min(self.objects, self.batch_size * (self.write_workers + self.upload_workers))
+    def batch_files(self) -> int:
+        """Files of a batch: fewer where they are large, so that a batch takes no more disk."""
+        return max(1, self.batch_size // self.meters_per_file)
+
+    def files_on_disk(self, files: range) -> int:
+        """The most files of a slice that wait on disk at once: a batch for each thread that writes or uploads."""
+        return min(len(self.days) * len(files), self.batch_files * (self.write_workers + self.upload_workers))
 
     @property
     def disk_bytes(self) -> int:
-        """The most disk that the run uses at once."""
-        return self.file_bytes * (self.files_on_disk if self.bucket else self.objects)
+        """The most disk that this task uses at once."""
+        if not self.bucket:
+            return self.most_bytes(self.readings, self.objects)
+        return self.file_bytes * sum(map(self.files_on_disk, self.slices))
 
     @property
     def destination(self) -> str:
         """Where the objects go, for people."""
         return f"gs://{self.bucket}" if self.bucket else self.directory
+
+
+def share(whole: range, index: int, count: int) -> range:
+    """The index-th of `count` contiguous shares of a range, whose lengths differ by one at the most."""
+    return whole[len(whole) * index // count : len(whole) * (index + 1) // count]
 
 
 # The fleet
@@ -261,9 +307,21 @@ def partition(day: date) -> str:
     return f"dt={day}"
 
 
-def file_name(address: int) -> str:
-    """Name the file of a meter-day, below its partition."""
-    return f"{meter_id(address)}.ndjson"
+def file_name(run: Run, index: int, address: int) -> str:
+    """Name the index-th file of a day, whose first meter has an address, below its partition."""
+    stem = meter_id(address)
+    if run.meters_per_file > 1:
+        meters = run.meters_of(range(index, index + 1))
+        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}"
+    return f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson"
+
+
+def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
+    """Compress as gzip level 1 does, without a time stamp in the header, holding one chunk at a time."""
+    compressor = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    for chunk in chunks:
+        yield compressor.compress(chunk)
+    yield compressor.flush()
 
 
 def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int:
@@ -291,20 +349,25 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
     return size
 
 
-def write_batch(run: Run, day: date, template: bytes, meters: array[int]) -> tuple[list[File], str]:
-    """Write the files of some meters' readings of one day.
+def write_batch(
+    run: Run, day: date, template: bytes, batch: Sequence[tuple[str, array[int]]]
+) -> tuple[list[File], str]:
+    """Write a batch of files, each given by its name and its meters, of one day.
 
     Returns those that are whole and, where the file system refused one, why the run cannot go on.
     """
     started = time.perf_counter()
     folder = os.path.join(run.directory, partition(day))
+    meters = itertools.chain.from_iterable(addresses for _, addresses in batch)
+    readings = generate_smart_meter_readings_for_day(day, template, meters, run.seed)
     files = []
     try:
         os.makedirs(folder, mode=0o700 if run.bucket else 0o777, exist_ok=True)
-        for address, rows in zip(meters, generate_smart_meter_readings_for_day(day, template, meters, run.seed)):
-            name = file_name(address)
-            size = write_file(os.path.join(folder, name), [rows], 0o600 if run.bucket else 0o666)
-            files.append(File(name, run.rows, size))
+        for name, addresses in batch:
+            chunks = itertools.islice(readings, len(addresses))
+            path = os.path.join(folder, name)
+            size = write_file(path, compress(chunks) if run.gzip else chunks, 0o600 if run.bucket else 0o666)
+            files.append(File(name, run.rows * len(addresses), size))
     except OSError as error:
         return files, f"cannot write {error.filename or folder}: {error.strerror}"
     log.debug("%s: wrote %d files in %.3f s", day, len(files), time.perf_counter() - started)
@@ -346,7 +409,12 @@ def upload_files(run: Run, bucket: Bucket, day: date, folder: str, files: list[F
         [file.name for file in files],
         source_directory=folder,
         blob_name_prefix=f"{partition(day)}/",
-        upload_kwargs={"content_type": CONTENT_TYPE, "timeout": REQUEST_TIMEOUT, "retry": retry.DEFAULT_RETRY},
+        blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
+        upload_kwargs={
+            "content_type": CONTENT_TYPES[run.gzip],
+            "timeout": REQUEST_TIMEOUT,
+            "retry": retry.DEFAULT_RETRY,
+        },
         worker_type=transfer_manager.THREAD,
         max_workers=run.transfer_workers,
     )
@@ -375,16 +443,24 @@ def refusal(error: BaseException, run: Run) -> str:
     return f"{remedy} ({explain(error)})"
 
 
-def run_pipeline(run: Run, bucket: Bucket | None, stopping: threading.Event, report: Callable[[Outcome], None]) -> None:
-    """Generate the whole run day by day, batch by batch, and report what became of each batch.
+def run_pipeline(
+    run: Run, files: range, bucket: Bucket | None, stopping: threading.Event, report: Callable[[Outcome], None]
+) -> None:
+    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
 
     `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
     comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed.
     """
-    fleet = draw_fleet(run.seed, 0, run.meters)
-    log.debug("drew a fleet of %d meters", len(fleet))
-    free = run.files_on_disk
+    meters = run.meters_of(files)
+    fleet = draw_fleet(run.seed, meters.start, meters.stop)
+    log.debug("drew meters %d to %d", meters[0], meters[-1])
+    free = run.files_on_disk(files)
     pending: dict[Future[Outcome], int] = {}
+
+    def name_and_meters(index: int) -> tuple[str, array[int]]:
+        start = index * run.meters_per_file - meters.start
+        addresses = fleet[start : start + run.meters_per_file]
+        return file_name(run, index, addresses[0]), addresses
 
     def settle() -> int:
         done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -400,24 +476,23 @@ def run_pipeline(run: Run, bucket: Bucket | None, stopping: threading.Event, rep
     with ThreadPoolExecutor(run.write_workers, "write") as write_executor, ThreadPoolExecutor(
         run.upload_workers, "upload"
     ) as upload_executor:
-        for day in run.days:
+        for day in map(date.fromordinal, run.days):
+            if stopping.is_set():
+                break
             template = render_day_template(day, run.interval)
-            start = 0
-            while start < len(fleet):
-                while pending and free < run.batch_size:
+            todo = files
+            while todo:
+                while pending and free < run.batch_files:
                     free += settle()
-                if not free and not stopping.is_set():
+                if not free:
                     stopping.set()
                     report(Outcome(fatal="files whose upload failed take up the disk"))
                 if stopping.is_set():
                     break
-                meters = fleet[start : start + min(run.batch_size, free)]
-                start += len(meters)
-                free -= len(meters)
-                written = write_executor.submit(write_batch, run, day, template, meters)
-                pending[upload_executor.submit(deliver_batch, run, bucket, day, written)] = len(meters)
-            if stopping.is_set():
-                break
+                now, todo = todo[: min(run.batch_files, free)], todo[min(run.batch_files, free) :]
+                free -= len(now)
+                written = write_executor.submit(write_batch, run, day, template, [*map(name_and_meters, now)])
+                pending[upload_executor.submit(deliver_batch, run, bucket, day, written)] = len(now)
         while pending:
             settle()
 
@@ -479,8 +554,10 @@ def find_credentials() -> Any:
         ) from None
 
 
-def open_bucket(run: Run, credentials: Any) -> Bucket:
-    """Make a client of this process's own, with a connection for each of its uploads, and return its bucket."""
+def open_bucket(run: Run, credentials: Any) -> Bucket | None:
+    """Return the bucket, if there is one, of a client of this process's own with a connection for each upload."""
+    if not run.bucket:
+        return None
     # The library otherwise reads the bucket's metadata in the background, for traces that nobody asked for and
     # with a permission that uploads do not need.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
@@ -488,10 +565,84 @@ def open_bucket(run: Run, credentials: Any) -> Bucket:
     from requests.adapters import HTTPAdapter
 
     client = storage.Client(project=None, credentials=credentials)
-    connections = run.upload_workers * run.transfer_workers
+    session = client._http  # as the library's documentation does to widen the pool of connections
     for scheme in ("https://", "http://"):
-        client._http.mount(scheme, HTTPAdapter(pool_maxsize=connections))
+        session.mount(scheme, HTTPAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
+    # With trust_env, requests looks for proxies, certificates and .netrc anew on every request.
+    session.trust_env = bool(getproxies() or {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"} & set(os.environ))
     return client.bucket(run.bucket)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of finished uploads for the next ones; elsewhere do nothing.
+
+    Otherwise every buffer of an object's size is a new mapping, page by page. See mallopt(3) for the numbers.
+    """
+    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 512 << 20)
+        mallopt(top_pad, 16 << 20)
+        mallopt(arena_max, 1)
+
+
+def run_child(run: Run, files: range, credentials: Any, connection: Connection, inherited: list[Connection]) -> None:
+    """Be one of several processes: do a slice and send what became of each batch, at last None.
+
+    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for other in inherited:
+        other.close()
+    stopping = threading.Event()
+
+    def follow_parent() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while connection.recv():
+                stopping.set()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    run_pipeline(run, files, open_bucket(run, credentials), stopping, connection.send)
+    connection.send(None)
+
+
+def run_children(run: Run, credentials: Any, stopping: threading.Event, report: Callable[[Outcome], None]) -> None:
+    """Run a pipeline for each slice in a process of its own, started before any thread or client exists."""
+    if run.bucket:
+        import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
+    context = multiprocessing.get_context("fork")
+    children: dict[Connection, tuple[multiprocessing.process.BaseProcess, range]] = {}
+    for files in run.slices:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_child, args=(run, files, credentials, theirs, [ours, *children]))
+        process.start()
+        theirs.close()
+        children[ours] = (process, files)
+    told = False
+    while children:
+        if stopping.is_set() and not told:
+            told = True
+            for connection in children:
+                with contextlib.suppress(OSError):
+                    connection.send("stop")
+        for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
+            process, files = children[connection]
+            try:
+                outcome = connection.recv()
+            except (EOFError, OSError):
+                process.join()
+                meters = run.meters_of(files)
+                ending = f"meters {meters[0]} to {meters[-1]}: their process ended with exit code {process.exitcode}"
+                outcome = Outcome(failures=[f"{ending}; run again"])
+                del children[connection]
+            if outcome is None:
+                process.join()
+                del children[connection]
+            else:
+                report(outcome)
 
 
 def execute(run: Run, credentials: Any) -> Outcome:
@@ -505,13 +656,21 @@ def execute(run: Run, credentials: Any) -> Outcome:
         stopping.set()
         total.counts["signal"] = number
 
+    def report(outcome: Outcome) -> None:
+        total.add(outcome)
+        if outcome.fatal:
+            stopping.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        if run.bucket:
+        if run.bucket and run.slices:
             run = replace(run, directory=stack.enter_context(claim_spool(run.directory)))
-        bucket = open_bucket(run, credentials) if run.bucket else None
-        run_pipeline(run, bucket, stopping, total.add)
+        if len(run.slices) > 1:
+            run_children(run, credentials, stopping, report)
+        elif run.slices:
+            run_pipeline(run, run.slices[0], open_bucket(run, credentials), stopping, report)
     return total
 
 
@@ -534,17 +693,20 @@ def in_bytes(count: float) -> str:
 
 def describe_plan(run: Run) -> str:
     """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
-    readings = run.objects * run.rows
+    size = run.readings * ROW_BYTES
+    inexact = run.gzip or run.meters % run.meters_per_file
     lines = {
         "days": f"{run.start} to {run.end}",
         "meters": f"{run.meters:,}, a reading every {run.interval} s, seed {run.seed}",
-        "readings": f"{readings:,}",
-        "objects": f"{run.objects:,} of {run.file_bytes:,} bytes",
-        "bytes": f"{readings * ROW_BYTES:,} ({in_bytes(readings * ROW_BYTES)})",
+        "task": f"{run.task_index} of {run.task_count:,} (from {run.task_source})" if run.task_source else "",
+        "readings": f"{run.readings:,}",
+        "objects": f"{run.objects:,} of {'at most ' if inexact else ''}{run.file_bytes:,} bytes",
+        "bytes": f"{size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}",
+        "processes": f"{len(run.slices)}",
         "disk": f"at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}",
         "destination": f"{run.destination}/dt=YYYY-MM-DD/",
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items() if value)
 
 
 def describe_outcome(total: Outcome, seconds: float) -> str:
@@ -654,8 +816,11 @@ def build_parser() -> Parser:
     )
     where.add_argument("--output-dir", metavar="DIR", help="keep the files in DIR instead: no account, no network")
 
-    def number(group: Any, flag: str, default: int, most: int, text: str, metavar: str = "N", least: int = 1) -> None:
-        help_text = f"{text} (default: {default:,})"
+    def number(
+        group: Any, flag: str, default: int | None, most: int, text: str, metavar: str = "N", least: int = 1
+    ) -> None:
+        default_text = "from the engine's environment, else one share" if default is None else f"{default:,}"
+        help_text = f"{text} (default: {default_text})"
         group.add_argument(flag, type=whole_number(least, most), default=default, metavar=metavar, help=help_text)
 
     data = parser.add_argument_group("data")
@@ -668,6 +833,12 @@ def build_parser() -> Parser:
         help="seconds between readings; must divide a day (default: 10)",
     )
     number(data, "--seed", DEFAULT_SEED, 2**63 - 1, "fleet and readings follow from it", least=0)
+    number(data, "--meters-per-file", 1, MAX_METERS, "meters that share an object, one after the other")
+    data.add_argument("--gzip", action="store_true", help="compress the objects (level 1)")
+
+    tasks = parser.add_argument_group("many machines")
+    number(tasks, "--task-index", None, MAX_METERS, "which share of the run this is, from 0 on", "I", least=0)
+    number(tasks, "--task-count", None, MAX_METERS, "into how many shares the run is split")
 
     tuning = parser.add_argument_group("tuning")
     tuning.add_argument(
@@ -677,6 +848,8 @@ def build_parser() -> Parser:
         help=f"where files wait for their upload; created if missing (default: {DEFAULT_TEMP_DIR})",
     )
     number(tuning, "--batch-size", 100, 100_000, "files for each call of the transfer manager")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number(tuning, "--processes", cores, 1024, "pipelines, each with its own threads (the cores it may use)")
     number(tuning, "--write-workers", 1, 1024, "threads that generate and write, each a batch")
     number(tuning, "--upload-workers", 2, 1024, "batches that are uploaded at once")
     number(tuning, "--transfer-workers", 16, 1024, "uploads at once within a batch: the transfer manager's max_workers")
@@ -688,6 +861,37 @@ def build_parser() -> Parser:
     return parser
 
 
+# Engines that run array jobs, and the variables in which they say a task's index, count and first index.
+ENGINES = (
+    ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT", ""),  # Cloud Batch
+    ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT", ""),  # Cloud Run jobs
+    ("JOB_COMPLETION_INDEX", "", ""),  # Kubernetes Indexed Jobs, which do not say the count
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),  # Slurm job arrays
+)
+
+
+def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
+    """Return which share of the run this is, of how many, and who said so. Raises UsageError on half an answer."""
+    index, count, source = args.task_index, args.task_count, "--task-index"
+    engine = next((names for names in ENGINES if names[0] in os.environ), None)
+    if index is None and engine:
+        source, count_name, first_name = engine
+        values = [os.environ.get(name, "0") for name in (source, first_name)]
+        if count is None and count_name in os.environ:
+            values.append(os.environ[count_name])
+        if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
+            raise UsageError(f"{source} and its like are not numbers; give --task-index and --task-count instead")
+        index, count = int(values[0]) - int(values[1]), int(values[2]) if len(values) > 2 else count
+    if index is None and count is None:
+        return 0, 1, ""
+    if index is None or count is None:
+        missing = "--task-count" if count is None else "--task-index"
+        raise UsageError(f"{missing} is missing: {source if count is None else '--task-count'} is there without it")
+    if not 0 <= index < count:
+        raise UsageError(f"--task-index {index} (from {source}) must be from 0 to {count - 1}: --task-count is {count}")
+    return index, count, source
+
+
 def plan(args: argparse.Namespace) -> Run:
     """Turn parsed flags into a run. Raises UsageError where they do not go together."""
     if args.end < args.start:
@@ -695,19 +899,15 @@ def plan(args: argparse.Namespace) -> Run:
     if args.bucket and args.output_dir is not None:
         raise UsageError("--bucket and --output-dir exclude each other; drop one")
     bucket = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
-    return Run(
-        start=args.start,
-        end=args.end,
-        meters=args.meters,
-        interval=args.interval,
-        seed=args.seed,
-        bucket=bucket,
-        directory=args.temp_dir if bucket else args.output_dir,
-        batch_size=args.batch_size,
-        write_workers=args.write_workers,
-        upload_workers=args.upload_workers,
-        transfer_workers=args.transfer_workers,
-    )
+    index, count, source = find_task(args)
+    derived = {
+        "bucket": bucket,
+        "directory": args.temp_dir if bucket else args.output_dir,
+        "task_index": index,
+        "task_count": count,
+        "task_source": source,
+    }
+    return Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
 
 
 def prepare_directory(run: Run) -> None:

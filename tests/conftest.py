@@ -10,11 +10,13 @@ import time
 import urllib.request
 import uuid
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
+
+from server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,8 +24,9 @@ DAYS = ("--start", "2024-01-01", "--end", "2024-01-02")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a machine without an account."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOOGLE_", "STORAGE_", "CLOUDSDK_"))}
+    """Return the environment of a machine without an account and outside of any engine."""
+    drop = ("GOOGLE_", "STORAGE_", "CLOUDSDK_", "BATCH_TASK_", "CLOUD_RUN_", "JOB_COMPLETION_", "SLURM_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
     return {**kept, "NO_GCE_CHECK": "true", "HOME": "/nonexistent", **more}
 
 
@@ -46,6 +49,15 @@ def wattif(*args: Any, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Wait until a condition holds and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return result
+
+
 def files_below(directory: Path) -> dict[str, bytes]:
     """Read every file below a directory, by its path within."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if not p.is_dir()}
@@ -62,6 +74,18 @@ def expected(tmp_path: Path) -> Any:
         return files_below(directory)
 
     return make
+
+
+def upload(server: Server, *args: Any, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line against a server, which must find nothing wrong with any request."""
+    done = wattif("--bucket", "a-bucket", *args, STORAGE_EMULATOR_HOST=server.url, **env)
+    assert not server.problems
+    return done
+
+
+def contents(server: Server) -> dict[str, bytes]:
+    """What has arrived at a server."""
+    return {name: stored.content for name, stored in server.objects.items()}
 
 
 class Emulator:

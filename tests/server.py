@@ -6,12 +6,18 @@ to, and misbehaves as a script of faults says. Tests run it in a thread; the ben
 
 from __future__ import annotations
 
+import argparse
 import base64
+import contextlib
 import json
+import os
+import re
 import socket
+import sys
 import threading
+from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import google_crc32c
 
@@ -36,6 +42,16 @@ class StoredObject(NamedTuple):
     crc32c: str
     content_type: str
     content: bytes | None
+
+
+@dataclass
+class Upload:
+    """An upload that is under way."""
+
+    name: str
+    content_type: str
+    crc32c: str
+    content: bytearray = field(default_factory=bytearray)
 
 
 class Hangup(Exception):
@@ -99,12 +115,11 @@ class Server:
         delay: float = 0.0,
         keep: bool = True,
         fault: Callable[[Request], Any] = lambda request: None,
-        port: int = 0,
         page: int = 1000,
     ) -> None:
         self.delay, self.keep, self.fault, self.page = delay, keep, fault, page
         self.objects: dict[str, StoredObject] = {}
-        self.uploads: dict[str, tuple[str, str, str]] = {}
+        self.uploads: dict[str, Upload] = {}
         self.requests: list[Request] = []
         self.problems: list[str] = []
         self.lock = threading.Lock()
@@ -113,9 +128,7 @@ class Server:
         self.threads: list[threading.Thread] = []
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if port:
-            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.listener.bind(("127.0.0.1", port))
+        self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(512)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
@@ -125,7 +138,8 @@ class Server:
 
     def __exit__(self, *exc_info: object) -> None:
         self.closing.set()
-        self.listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # another process has shut it down
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         with self.lock:
             for sock in self.sockets:
@@ -201,7 +215,7 @@ class Server:
     def name_of(self, query: dict[str, str], body: memoryview) -> str:
         """Find which object a request is about."""
         if "upload_id" in query:
-            return self.uploads[query["upload_id"]][0]
+            return query["name"]
         if query.get("uploadType") == "multipart":
             return json.loads(bytes(body).split(b"\r\n\r\n", 2)[1].split(b"\r\n--", 1)[0])["name"]
         if query.get("uploadType") == "resumable":
@@ -211,14 +225,22 @@ class Server:
     def route(self, request: Request, body: memoryview) -> tuple[int, dict[str, Any], str]:
         """Do what a request asks for and return status, answer and further header lines."""
         if "upload_id" in request.query:
-            name, content_type, crc32c = self.uploads[request.query["upload_id"]]
-            return self.store(name, content_type, crc32c, body)
+            announced = request.headers.get("x-goog-hash", "crc32c=")[len("crc32c=") :]
+            made = Upload(request.name, request.query["type"], announced)
+            upload = self.uploads.setdefault(request.query["upload_id"], made) if self.keep else made
+            first, last, total = map(int, re.split("[-/]", request.headers["content-range"][6:]))
+            if last + 1 - first != len(body) or (self.keep and first != len(upload.content)):
+                self.problems.append(f"{request.name}: {len(body)} bytes came as {request.headers['content-range']}")
+            if self.keep:
+                upload.content += body
+            if last + 1 < total:
+                return 308, {}, f"Range: bytes=0-{last}\r\n"
+            return self.store(upload, memoryview(upload.content), total)
         if request.query.get("uploadType") == "resumable":
-            metadata = json.loads(bytes(body))
-            upload_id = str(request.number)
-            content_type = request.headers["x-upload-content-type"]
-            self.uploads[upload_id] = (metadata["name"], content_type, metadata.get("crc32c", ""))
-            return 200, {}, f"Location: {self.url}{request.path}?upload_id={upload_id}\r\n"
+            state = urlencode(
+                {"upload_id": request.number, "name": request.name, "type": request.headers["x-upload-content-type"]}
+            )
+            return 200, {}, f"Location: {self.url}{request.path}?{state}\r\n"
         if request.query.get("uploadType") == "multipart":
             boundary = request.headers["content-type"].split('boundary="')[1].rstrip('"').encode()
             head = bytes(body[:4096])
@@ -229,25 +251,24 @@ class Server:
             content = body[begin : len(body) - len(boundary) - 6]
             if bytes(body[len(body) - len(boundary) - 6 :]) != b"\r\n--" + boundary + b"--":
                 self.problems.append(f"{request.name}: the body has another length than announced")
-            return self.store(request.name, content_type, metadata.get("crc32c", ""), content)
+            upload = Upload(request.name, content_type, metadata.get("crc32c", ""))
+            return self.store(upload, content, len(content))
         if request.method == "GET" and request.path.endswith("/o"):
             return 200, self.listing(request), ""
         return 404, {"error": {"message": f"{request.method} {request.path}"}}, ""
 
-    def store(
-        self, name: str, content_type: str, expected: str, content: memoryview
-    ) -> tuple[int, dict[str, Any], str]:
+    def store(self, upload: Upload, content: memoryview, size: int) -> tuple[int, dict[str, Any], str]:
         """Store an object whose content is what the client says it is."""
-        checksum = google_crc32c.Checksum()
-        checksum.update(bytes(content) if self.keep else b"")
-        crc32c = base64.b64encode(checksum.digest()).decode()
-        if self.keep and expected and expected != crc32c:
-            self.problems.append(f"{name}: CRC32C {crc32c} is not the {expected} announced")
-            return 400, {"error": {"message": "crc32c"}}, ""
-        kept = bytes(content) if self.keep else None
+        crc32c = upload.crc32c
+        if self.keep:
+            crc32c = base64.b64encode(google_crc32c.Checksum(bytes(content)).digest()).decode()
+            if upload.crc32c not in ("", crc32c):
+                self.problems.append(f"{upload.name}: CRC32C {crc32c} is not the {upload.crc32c} announced")
+                return 400, {"error": {"message": "crc32c"}}, ""
         with self.lock:
-            self.objects[name] = StoredObject(len(content), crc32c, content_type, kept)
-        return 200, {"name": name, "size": str(len(content)), "crc32c": crc32c}, ""
+            kept = bytes(content) if self.keep else None
+            self.objects[upload.name] = StoredObject(size, crc32c, upload.content_type, kept)
+        return 200, {"name": upload.name, "size": str(size), "crc32c": crc32c}, ""
 
     def listing(self, request: Request) -> dict[str, Any]:
         """Answer a listing, a page at a time."""
@@ -264,3 +285,24 @@ class Server:
                 for name in names[: self.page]
             ]
         return {"items": items, **({"nextPageToken": names[self.page]} if len(names) > self.page else {})}
+
+
+def main() -> None:
+    """Print the address and serve, from several processes, until standard input ends; then say what was amiss."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    server = Server(delay=args.delay, keep=False)
+    print(server.url, flush=True)
+    for _ in range(args.processes - 1):
+        if not os.fork():
+            break
+    with server:
+        sys.stdin.read()
+    if server.problems:
+        raise SystemExit(server.problems[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -85,14 +85,14 @@ def test_too_little_free_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_credentials_are_refused(tmp_path: Path) -> None:
-    done = wattif(*DAYS, "--temp-dir", tmp_path / "temp")
+    done = wattif(*DAYS, "--temp-dir", tmp_path / "temp", "--processes", 1)
     refused(done, "--bucket")
     assert "gcloud auth application-default login" in done.stderr and list(tmp_path.iterdir()) == []
     refused(wattif(*DAYS, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "no-such-file")), "--bucket")
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
-    flags = ("--start", "2024-01-01", "--end", "2024-01-31", "--temp-dir", tmp_path / "temp")
+    flags = ("--start", "2024-01-01", "--end", "2024-01-31", "--temp-dir", tmp_path / "temp", "--processes", 1)
     done = wattif(*flags, "--dry-run")
     assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
     for fact in (

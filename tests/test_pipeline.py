@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import re
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import google_crc32c
 import pytest
 
-from conftest import DAYS, Emulator, files_below, wattif
+from conftest import DAYS, Emulator, contents, files_below, upload, wattif
 from server import Request, Server
 
-SMALL = (*DAYS, "--interval", "3600")
+ONE = (*DAYS, "--processes", "1")
+SMALL = (*ONE, "--interval", "3600")
 
 
 def crc32c(content: bytes) -> str:
@@ -24,13 +25,6 @@ def crc32c(content: bytes) -> str:
 def announced(report: str) -> int:
     """The disk use in bytes that the plan announces."""
     return int(re.search(r"^disk +at most ([\d,]+) bytes", report, re.M)[1].replace(",", ""))
-
-
-def run(server: Server, temp_dir: Path, *flags: Any) -> Any:
-    """Upload to the server, which must find nothing wrong with any request."""
-    done = wattif("--bucket", "a-bucket", "--temp-dir", temp_dir, *flags, STORAGE_EMULATOR_HOST=server.url)
-    assert not server.problems
-    return done
 
 
 def test_full_days_arrive_exactly(emulator: Emulator, expected: Callable[..., dict], tmp_path: Path) -> None:
@@ -71,14 +65,14 @@ def test_a_missing_bucket_ends_the_run_early(emulator_url: str, tmp_path: Path) 
 )
 def test_a_permanent_refusal_ends_the_run_early(tmp_path: Path, status: int, message: str) -> None:
     with Server(fault=lambda request: status if request.number > 20 else None) as server:
-        done = run(server, tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
+        done = upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
     assert done.returncode == 1 and f"error: {message}" in done.stderr
     assert len(server.requests) < 100 and len(server.objects) == 21 and "\n21 objects" in done.stderr
 
 
 def test_a_batch_in_which_nothing_arrives_ends_the_run_early(tmp_path: Path) -> None:
     with Server(fault=lambda request: 400) as server:
-        done = run(server, tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
+        done = upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 200, "--batch-size", 10)
     assert done.returncode == 1 and "error: nothing of a batch of 10 arrived in gs://a-bucket" in done.stderr
     assert len(server.requests) <= 30
 
@@ -88,11 +82,11 @@ def test_a_failed_file_stays_and_is_named(expected: Callable[..., dict], tmp_pat
     wanted = expected(*flags)
     failing = sorted(wanted)[7]
     with Server(fault=lambda request: 400 if request.name == failing else None) as server:
-        done = run(server, tmp_path / "temp", *flags)
+        done = upload(server, "--temp-dir", tmp_path / "temp", *flags)
     assert done.returncode == 1
     assert f"failed: {tmp_path}/temp/wattif/{failing}: HTTP 400" in done.stderr and "1 failed" in done.stderr
     assert files_below(tmp_path / "temp") == {f"wattif/{failing}": wanted.pop(failing)}
-    assert {name: stored.content for name, stored in server.objects.items()} == wanted
+    assert contents(server) == wanted
 
 
 def test_what_an_earlier_run_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
@@ -100,9 +94,9 @@ def test_what_an_earlier_run_left_is_cleared_and_nothing_else(tmp_path: Path) ->
     mine.parent.mkdir()
     mine.write_text("mine")
     with Server(fault=lambda request: 400 if request.number == 3 else None) as server:
-        assert run(server, tmp_path, *SMALL, "--meters", 25).returncode == 1
+        assert upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 25).returncode == 1
         assert len(files_below(tmp_path)) == 2
-        assert run(server, tmp_path, *SMALL, "--meters", 25).returncode == 0
+        assert upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 25).returncode == 0
     assert files_below(tmp_path) == {"dt=2024-01-01/020000000000.ndjson": b"mine"}
     assert len(server.objects) == 50
 
@@ -123,7 +117,7 @@ def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> N
         return 400 if failing and request.number % 9 == 0 else None
 
     with Server(delay=0.01, fault=measure) as server:
-        done = run(server, tmp_path, *DAYS, "--interval", 60, "--meters", 60, "--batch-size", 4)
+        done = upload(server, "--temp-dir", tmp_path, *ONE, "--interval", 60, "--meters", 60, "--batch-size", 4)
     bound = announced(done.stderr)
     assert bound == 4 * 3 * 1440 * 79
     assert bound * 0.6 < peak <= bound
@@ -137,7 +131,7 @@ def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> N
 
 def test_verbose_logs_each_batch(tmp_path: Path) -> None:
     with Server() as server:
-        done = run(server, tmp_path, *SMALL, "--meters", 25, "--batch-size", 10, "-v")
+        done = upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 25, "--batch-size", 10, "-v")
     assert (
         len(re.findall(r"^[\d-]+ [\d:,]+ DEBUG upload_\d: 2024-01-0[12]: uploaded \d+ of \d+", done.stderr, re.M)) == 6
     )
