@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["google-cloud-storage>=3.0,<4", "bloom-filter>=1.3.3,<2", "orjson>=3.10,<4"]
+# ///
 """Fill a Google Cloud Storage bucket with synthetic smart-meter readings, as fast as machine and network allow.
 
 One meter, one day, is one NDJSON object, gs://BUCKET/dt=YYYY-MM-DD/<meter_id>.ndjson, with a row every 10 seconds:
 
     {"meter_id":"020000A1B2C3","timestamp":"2024-01-01T00:00:10Z","reading":0.609}
 
-See what a run would do, keep the files here, or upload them:
+Keep the files here; upload them from this machine; upload them from ten machines, of which this is the first:
 
-    python generator.py --start 2024-01-01 --end 2024-01-31 --dry-run
     python generator.py --start 2024-01-01 --end 2024-01-01 --meters 20 --output-dir readings
     python generator.py --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket
+    python generator.py --start 2024-01-01 --end 2024-01-31 --meters 1000000 --task-index 0 --task-count 10
 
 The same flags give the same bytes on every machine and every Python. The readings are random: they test
 infrastructure and say nothing about electricity.
@@ -18,11 +22,13 @@ infrastructure and say nothing about electricity.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import fcntl
 import hashlib
 import itertools
+import json
 import logging
 import math
 import multiprocessing
@@ -39,10 +45,11 @@ import time
 import warnings
 import zlib
 from array import array
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 from urllib.request import getproxies
@@ -55,7 +62,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wattif")
 
-# The data contract: pipelines and re-runs rely on every constant from here to the fleet.
+# The data contract: pipelines and re-runs rely on every constant from here to CONTENT_TYPES.
 
 DAY_SECONDS = 86_400
 DEFAULT_SEED = 0
@@ -63,7 +70,6 @@ ROW = b'{"meter_id":"000000000000","timestamp":"2024-01-01T00:00:00Z","reading":
 ROW_BYTES = len(ROW)
 ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
-CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}
 
 BLOCK_METERS = 1 << 20
 BLOCKS = 1 << 16
@@ -76,13 +82,23 @@ LOCALLY_ADMINISTERED = 0x02 << 40
 DIGIT_TABLES = tuple(bytes(ord("0") + byte % base for byte in range(256)) for base in (9, 10, 10))
 UNEVEN_BYTES = tuple(bytes(range(256 - 256 % base, 256)) for base in (9, 10, 10))
 
+CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by --gzip
+
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
-SPOOL = "wattif"
+SPOOL = ".wattif-spool"
+SPOOLED = re.compile(r"\.?(([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|pid)(\.\d+\.part)?")
+DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
+UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
 REQUEST_TIMEOUT = 60.0
-UPLOAD_CHUNK_BYTES = 16 << 20
 TICK_SECONDS = 0.1
-NAMED_FAILURES = 10
+LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
+PACED_BATCH_SECONDS = 5  # so that a paced run stops soon after a signal
+NAMED = 20  # of what --verify finds
+SLOTS = 60  # of the throughput over a run
+RATE_SECONDS = 10  # over which the live line's MB/s are taken
+LOG_SECONDS = 30  # between progress lines where there is no terminal
+ERASE = "\r\x1b[K"  # the live line
 
 
 class UsageError(Exception):
@@ -90,7 +106,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """A run cannot begin or go on; the message is one line."""
+    """A run cannot begin; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +125,16 @@ class Run:
     task_source: str
     bucket: str | None
     directory: str
+    resume: bool
+    verify: bool
     batch_size: int
+    max_disk: int | None
     processes: int
     write_workers: int
     upload_workers: int
     transfer_workers: int
+    retry_timeout: int
+    rps_limit: float | None
 
     @property
     def days(self) -> range:
@@ -126,10 +147,17 @@ class Run:
         return DAY_SECONDS // self.interval
 
     @property
+    def day_files(self) -> range:
+        """The indices of a day's files, those of all tasks."""
+        return range(-(-self.meters // self.meters_per_file))
+
+    @property
     def slices(self) -> list[range]:
-        """Each process's share of this task's files of a day, by their indices: contiguous, none of them empty."""
-        files = share(range(-(-self.meters // self.meters_per_file)), self.task_index, self.task_count)
+        """Each process's share of this task's files of a day: contiguous, none of them empty."""
+        files = share(self.day_files, self.task_index, self.task_count)
         count = min(self.processes, len(files))
+        if self.max_disk is not None and self.bucket:
+            count = min(count, self.max_disk // self.file_disk)
         return [share(files, index, count) for index in range(count)]
 
     def meters_of(self, files: range) -> range:
@@ -146,31 +174,41 @@ class Run:
         """Readings of this task."""
         return len(self.days) * self.rows * sum(len(self.meters_of(files)) for files in self.slices)
 
-    def most_bytes(self, readings: int, files: int) -> int:
-        """The size of files with so many readings altogether: exact, or with --gzip what it never exceeds."""
-        size = readings * ROW_BYTES
-        return size + size // 1000 + 64 * files if self.gzip else size
+    def file_bytes(self, index: int = 0) -> int:
+        """The size of a file: exact, or with --gzip what it never exceeds."""
+        size = len(self.meters_of(range(index, index + 1))) * self.rows * ROW_BYTES
+        return size + size // 1000 + 64 if self.gzip else size
 
     @property
-    def file_bytes(self) -> int:
-        """The most bytes of one file."""
-        return self.most_bytes(min(self.meters_per_file, self.meters) * self.rows, 1)
-
-    @property
-    def batch_files(self) -> int:
-        """Files of a batch: fewer where they are large, so that a batch takes no more disk."""
-        return max(1, self.batch_size // self.meters_per_file)
+    def file_disk(self) -> int:
+        """The most bytes of disk that one file takes."""
+        return -(-self.file_bytes() // DISK_BLOCK) * DISK_BLOCK
 
     def files_on_disk(self, files: range) -> int:
-        """The most files of a slice that wait on disk at once: a batch for each thread that writes or uploads."""
-        return min(len(self.days) * len(files), self.batch_files * (self.write_workers + self.upload_workers))
+        """The most files of a slice that wait on disk at once.
+
+        Unless --max-disk says otherwise that is a batch for each thread that writes or uploads one, with fewer
+        files where they are large, so that they make smaller batches and not a fuller disk.
+        """
+        room = max(1, self.batch_size // self.meters_per_file) * self.batches
+        if self.max_disk is not None:
+            room = min(room, self.max_disk // len(self.slices) // self.file_disk)
+        return min(room, len(self.days) * len(files))
+
+    @property
+    def batches(self) -> int:
+        """The most batches that a process has in flight: one for each thread that writes or uploads one."""
+        return self.write_workers + self.upload_workers
+
+    def pace(self, files: range) -> float:
+        """The seconds between the uploads of a slice's files that its share of --rps-limit asks for; 0 if none."""
+        return sum(map(len, self.slices)) / len(files) / self.rps_limit if self.rps_limit else 0.0
 
     @property
     def disk_bytes(self) -> int:
         """The most disk that this task uses at once."""
-        if not self.bucket:
-            return self.most_bytes(self.readings, self.objects)
-        return self.file_bytes * sum(map(self.files_on_disk, self.slices))
+        files = sum(map(self.files_on_disk, self.slices)) if self.bucket else self.objects
+        return files * self.file_disk + len(self.days) * DISK_BLOCK
 
     @property
     def destination(self) -> str:
@@ -183,6 +221,19 @@ def share(whole: range, index: int, count: int) -> range:
     return whole[len(whole) * index // count : len(whole) * (index + 1) // count]
 
 
+def partition(day: date) -> str:
+    """Name the Hive partition of a day."""
+    return f"dt={day}"
+
+
+def file_name(run: Run, key: int) -> str:
+    """Name a file by its key: the address of its meter or, with --meters-per-file, the index of its first one."""
+    stem = f"{key:012X}"
+    if run.meters_per_file > 1:
+        stem = f"meters-{key:09d}-{min(key + run.meters_per_file, run.meters) - 1:09d}"
+    return f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson"
+
+
 # The fleet
 
 
@@ -191,22 +242,22 @@ def probe_once(bloom: BloomFilter, suffix: int) -> tuple[int]:
     return (suffix % bloom.num_bits_m,)
 
 
-def draw_fleet(seed: int, first: int, last: int) -> array[int]:
-    """Draw meters first..last-1 of the fleet that the seed determines.
+def draw_fleet(seed: int, meters: range) -> array[int]:
+    """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
     Returns their addresses (48-bit integers) as an array of 8 bytes each. Each block has a generator and a filter
     of its own, of the block's capacity whatever the size of the fleet, so that a larger fleet begins with the
-    smaller one and no block before `first` is drawn. One probe of a filter with 8 bits for each meter rejects
-    at most every eighth number that is new; a number that was drawn before is always rejected.
+    smaller one and no block before the first meter's is drawn. One probe of a filter with 8 bits for each meter
+    rejects at most every eighth number that is new; a number that was drawn before is always rejected.
     """
     fleet = array("Q")
-    for block in range(first // BLOCK_METERS, -(-last // BLOCK_METERS)):
+    for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         base = LOCALLY_ADMINISTERED | block << SUFFIX_BITS
-        skipped = max(0, first - block * BLOCK_METERS)
+        skipped = max(0, meters.start - block * BLOCK_METERS)
         bloom = BloomFilter(BLOCK_METERS, 0.02, probe_once)
         draw = random.Random(f"{seed}/{block}").getrandbits
         add, append = bloom.add, fleet.append
-        for index in range(min(BLOCK_METERS, last - block * BLOCK_METERS)):
+        for index in range(min(BLOCK_METERS, meters.stop - block * BLOCK_METERS)):
             suffix = draw(SUFFIX_BITS)
             while suffix in bloom:
                 suffix = draw(SUFFIX_BITS)
@@ -214,11 +265,6 @@ def draw_fleet(seed: int, first: int, last: int) -> array[int]:
             if index >= skipped:
                 append(base | suffix)
     return fleet
-
-
-def meter_id(address: int) -> str:
-    """Write a meter's address as 12 upper-case hex digits."""
-    return f"{address:012X}"
 
 
 # The day template and the readings
@@ -237,20 +283,23 @@ def render_day_template(day: date, interval: int) -> bytes:
     return b"".join(rendered)
 
 
-def draw_digits(key: str, rows: int) -> list[bytes]:
+def draw_digits(key: str, rows: int) -> list[bytearray]:
     """Draw the three digits of `rows` readings as columns; a key always gives the same digits.
 
     The random bytes are SHAKE128 of the key (FIPS 202). The margin over the expected 2.4% of uneven bytes is
     six standard deviations for a day of readings; where it is not enough, more are drawn.
     """
     size = rows * 256 // 250 + math.isqrt(rows)
-    columns = [b""]
-    while min(map(len, columns)) < rows:
-        drawn = hashlib.shake_128(key.encode()).digest(len(DIGIT_TABLES) * size)
-        parts = (drawn[start : start + size] for start in range(0, len(drawn), size))
-        columns = [part.translate(*how)[:rows] for part, *how in zip(parts, DIGIT_TABLES, UNEVEN_BYTES)]
+    while True:
+        drawn = bytearray(hashlib.shake_128(key.encode()).digest(len(DIGIT_TABLES) * size))
+        columns = []
+        for start, table, uneven in zip(range(0, len(drawn), size), DIGIT_TABLES, UNEVEN_BYTES):
+            column = drawn[start : start + size].translate(table, uneven)
+            del column[rows:]
+            columns.append(column)
+        if all(len(column) == rows for column in columns):
+            return columns
         size *= 2
-    return columns
 
 
 def generate_smart_meter_readings_for_day(
@@ -263,57 +312,17 @@ def generate_smart_meter_readings_for_day(
     """
     buffer = bytearray(template)
     rows = len(template) // ROW_BYTES
+    columns = {digit: bytearray([digit]) * rows for digit in b"0123456789ABCDEF"}
     stamped = template[ID_OFFSET : ID_OFFSET + 12]
     for address in meters:
-        digits = meter_id(address).encode()
-        for offset, (old, new) in enumerate(zip(stamped, digits), ID_OFFSET):
+        meter_id = b"%012X" % address
+        for offset, (old, new) in enumerate(zip(stamped, meter_id), ID_OFFSET):
             if old != new:
-                buffer[offset::ROW_BYTES] = bytes((new,)) * rows
-        stamped = digits
-        columns = draw_digits(f"{seed}/{address:012X}/{day}", rows)
-        for offset, column in enumerate(columns, DIGITS_OFFSET):
+                buffer[offset::ROW_BYTES] = columns[new]
+        stamped = meter_id
+        for offset, column in enumerate(draw_digits(f"{seed}/{address:012X}/{day}", rows), DIGITS_OFFSET):
             buffer[offset::ROW_BYTES] = column
         yield buffer
-
-
-# The pipeline of one process
-
-
-class File(NamedTuple):
-    """A file that is whole on disk."""
-
-    name: str
-    readings: int
-    bytes: int
-
-
-@dataclass
-class Outcome:
-    """What became of some files; outcomes add up to that of the run."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    fatal: str = ""
-
-    def add(self, other: Outcome) -> None:
-        """Add what became of other files. Where neither can go on, the first reason stands."""
-        self.counts.update(other.counts)
-        self.failures.extend(other.failures)
-        self.fatal = self.fatal or other.fatal
-
-
-def partition(day: date) -> str:
-    """Name the Hive partition of a day."""
-    return f"dt={day}"
-
-
-def file_name(run: Run, index: int, address: int) -> str:
-    """Name the index-th file of a day, whose first meter has an address, below its partition."""
-    stem = meter_id(address)
-    if run.meters_per_file > 1:
-        meters = run.meters_of(range(index, index + 1))
-        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}"
-    return f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson"
 
 
 def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
@@ -324,13 +333,51 @@ def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
     yield compressor.flush()
 
 
+# A batch: the files of one call of the transfer manager
+
+
+class File(NamedTuple):
+    """A file of a batch, by its key, and the addresses of its meters."""
+
+    key: int
+    meters: array[int]
+
+
+@dataclass
+class Outcome:
+    """What became of some files; outcomes add up to that of the run."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)  # answers by HTTP status
+    latencies: Counter[int] = field(default_factory=Counter)  # answers by LATENCY_BASE's exponent
+    failures: list[str] = field(default_factory=list)
+    fatal: str = ""
+
+    def add(self, other: Outcome) -> None:
+        """Add what became of other files. Where neither can go on, the first reason stands."""
+        self.counts.update(other.counts)
+        self.statuses.update(other.statuses)
+        self.latencies.update(other.latencies)
+        self.failures.extend(other.failures)
+        self.fatal = self.fatal or other.fatal
+
+
+def batch_contents(run: Run, day: date, template: bytes, batch: Sequence[File]) -> Iterator[Iterable[Any]]:
+    """Yield the content of each file of a batch, as chunks to be used up before the next file."""
+    meters = itertools.chain.from_iterable(file.meters for file in batch)
+    readings = generate_smart_meter_readings_for_day(day, template, meters, run.seed)
+    for file in batch:
+        chunks = itertools.islice(readings, len(file.meters))
+        yield compress(chunks) if run.gzip else chunks
+
+
 def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int:
     """Write a file that is whole whenever its name exists: it has another name until the last byte is in.
 
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
     folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.part")
+    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     size = 0
     try:
@@ -349,212 +396,101 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
     return size
 
 
-def write_batch(
-    run: Run, day: date, template: bytes, batch: Sequence[tuple[str, array[int]]]
-) -> tuple[list[File], str]:
-    """Write a batch of files, each given by its name and its meters, of one day.
-
-    Returns those that are whole and, where the file system refused one, why the run cannot go on.
-    """
+def write_batch(run: Run, day: date, template: bytes, batch: Sequence[File]) -> tuple[list[int], str]:
+    """Write the files of a batch; return the sizes of those that are whole and, if the disk refused, its reason."""
     started = time.perf_counter()
     folder = os.path.join(run.directory, partition(day))
-    meters = itertools.chain.from_iterable(addresses for _, addresses in batch)
-    readings = generate_smart_meter_readings_for_day(day, template, meters, run.seed)
-    files = []
+    sizes: list[int] = []
     try:
         os.makedirs(folder, mode=0o700 if run.bucket else 0o777, exist_ok=True)
-        for name, addresses in batch:
-            chunks = itertools.islice(readings, len(addresses))
-            path = os.path.join(folder, name)
-            size = write_file(path, compress(chunks) if run.gzip else chunks, 0o600 if run.bucket else 0o666)
-            files.append(File(name, run.rows * len(addresses), size))
+        for file, chunks in zip(batch, batch_contents(run, day, template, batch)):
+            path = os.path.join(folder, file_name(run, file.key))
+            sizes.append(write_file(path, chunks, 0o600 if run.bucket else 0o666))
     except OSError as error:
-        return files, f"cannot write {error.filename or folder}: {error.strerror}"
-    log.debug("%s: wrote %d files in %.3f s", day, len(files), time.perf_counter() - started)
-    return files, ""
+        return sizes, f"cannot write {error.filename or folder}: {error.strerror}; make room, then run with --resume"
+    log.debug("%s: wrote %d files in %.3f s", day, len(sizes), time.perf_counter() - started)
+    return sizes, ""
 
 
-def deliver_batch(run: Run, bucket: Bucket | None, day: date, written: Future[tuple[list[File], str]]) -> Outcome:
+def deliver_batch(
+    run: Run, bucket: Bucket | None, day: date, batch: Sequence[File], written: Future[tuple[list[int], str]]
+) -> Outcome:
     """Wait until a batch is written, upload it if there is a bucket, delete what arrived, and count."""
-    files, fatal = written.result()
+    sizes, reason = written.result()
     started = time.perf_counter()
     folder = os.path.join(run.directory, partition(day))
-    results = upload_files(run, bucket, day, folder, files) if bucket else [None] * len(files)
-    outcome = Outcome(fatal=fatal)
-    for file, error in zip(files, results):
-        path = os.path.join(folder, file.name)
+    names = [file_name(run, file.key) for file in batch[: len(sizes)]]
+    results = upload_files(run, bucket, day, folder, names) if bucket else [None] * len(names)
+    outcome = Outcome(fatal=reason)
+    for file, name, size, error in zip(batch, names, sizes, results):
+        path = os.path.join(folder, name)
         if error is None:
-            outcome.counts.update(objects=1, readings=file.readings, bytes=file.bytes)
+            outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
             if bucket:
-                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):  # somebody else's cleaning is as good
+                    os.unlink(path)
         else:
             outcome.counts["failed"] += 1
             outcome.failures.append(f"{path}: {explain(error)}")
             outcome.fatal = outcome.fatal or refusal(error, run)
-    if files and not outcome.counts["objects"]:
-        reason = f"nothing of a batch of {len(files)} arrived in {run.destination}; the last error was: "
-        outcome.fatal = outcome.fatal or reason + explain(results[-1])
     if bucket:
         seconds = time.perf_counter() - started
-        log.debug("%s: uploaded %d of %d files in %.3f s", day, outcome.counts["objects"], len(files), seconds)
+        log.debug("%s: uploaded %d of %d files in %.3f s", day, outcome.counts["objects"], len(names), seconds)
     return outcome
 
 
-def upload_files(run: Run, bucket: Bucket, day: date, folder: str, files: list[File]) -> list[Exception | None]:
-    """Upload files of one day and return, for each, the error that kept it from arriving."""
-    from google.cloud.storage import retry, transfer_manager
-
-    return transfer_manager.upload_many_from_filenames(
-        bucket,
-        [file.name for file in files],
-        source_directory=folder,
-        blob_name_prefix=f"{partition(day)}/",
-        blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
-        upload_kwargs={
-            "content_type": CONTENT_TYPES[run.gzip],
-            "timeout": REQUEST_TIMEOUT,
-            "retry": retry.DEFAULT_RETRY,
-        },
-        worker_type=transfer_manager.THREAD,
-        max_workers=run.transfer_workers,
-    )
+# Uploading
 
 
-def explain(error: BaseException | None) -> str:
-    """Say in one short line what an error is."""
-    code = getattr(error, "code", None)
-    text = f"HTTP {int(code)}" if code else " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 200 else f"{text[:200]}..."
+class Outage(Exception):
+    """No request has succeeded for --retry-timeout seconds; the library does not retry this one."""
 
 
-def refusal(error: BaseException, run: Run) -> str:
-    """Say what to do where an error means that every other upload would fail as well; otherwise nothing."""
-    from google.auth.exceptions import GoogleAuthError, TransportError
+@dataclass
+class Gauge:
+    """What the HTTP session of a process shares with its pipeline: answers in, pace and patience out."""
 
-    code = getattr(error, "code", None)
-    if code == 401 or (isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)):
-        remedy = "the credentials were not accepted: log in again, or give the VM a service account"
-    elif code == 403:
-        remedy = f"no permission to create objects in gs://{run.bucket}: grant roles/storage.objectUser on the bucket"
-    elif code == 404:
-        remedy = f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket"
-    else:
-        return ""
-    return f"{remedy} ({explain(error)})"
+    pace: float  # the least seconds between two uploads that begin
+    patience: float  # --retry-timeout
+    answers: deque[tuple[int, float, int, int]] = field(default_factory=deque)  # status, seconds, bytes, objects
+    retries: deque[None] = field(default_factory=deque)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    next_upload: float = 0.0
+    failing_since: float = math.inf
 
+    def wait_for_turn(self) -> None:
+        """Let uploads begin evenly, none earlier than its turn."""
+        if self.pace:
+            with self.lock:
+                self.next_upload = max(self.next_upload + self.pace, time.monotonic())
+                turn = self.next_upload
+            time.sleep(max(0.0, turn - time.monotonic()))
 
-def run_pipeline(
-    run: Run, files: range, bucket: Bucket | None, stopping: threading.Event, report: Callable[[Outcome], None]
-) -> None:
-    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
+    def note(self, status: int, started: float, request: Any = None) -> None:
+        """Note an answer, or with status 0 that there was none, and what it says of a request that uploads."""
+        body = len(request.body or b"") if request is not None and status in (200, 308) else 0
+        arrived = status == 200 and body and "uploadType=resumable" not in request.url.split("&upload_id=")[0]
+        self.answers.append((status, time.monotonic() - started, body, int(bool(arrived))))
+        if status and status < 500 and status != 429:
+            self.failing_since = math.inf
+        else:
+            self.failing_since = min(self.failing_since, started)
 
-    `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
-    comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed.
-    """
-    meters = run.meters_of(files)
-    fleet = draw_fleet(run.seed, meters.start, meters.stop)
-    log.debug("drew meters %d to %d", meters[0], meters[-1])
-    free = run.files_on_disk(files)
-    pending: dict[Future[Outcome], int] = {}
-
-    def name_and_meters(index: int) -> tuple[str, array[int]]:
-        start = index * run.meters_per_file - meters.start
-        addresses = fleet[start : start + run.meters_per_file]
-        return file_name(run, index, addresses[0]), addresses
-
-    def settle() -> int:
-        done, _ = wait(pending, return_when=FIRST_COMPLETED)
-        freed = 0
-        for future in done:
-            outcome = future.result()
-            freed += pending.pop(future) - outcome.counts["failed"]
-            if outcome.fatal:
-                stopping.set()
-            report(outcome)
-        return freed
-
-    with ThreadPoolExecutor(run.write_workers, "write") as write_executor, ThreadPoolExecutor(
-        run.upload_workers, "upload"
-    ) as upload_executor:
-        for day in map(date.fromordinal, run.days):
-            if stopping.is_set():
-                break
-            template = render_day_template(day, run.interval)
-            todo = files
-            while todo:
-                while pending and free < run.batch_files:
-                    free += settle()
-                if not free:
-                    stopping.set()
-                    report(Outcome(fatal="files whose upload failed take up the disk"))
-                if stopping.is_set():
-                    break
-                now, todo = todo[: min(run.batch_files, free)], todo[min(run.batch_files, free) :]
-                free -= len(now)
-                written = write_executor.submit(write_batch, run, day, template, [*map(name_and_meters, now)])
-                pending[upload_executor.submit(deliver_batch, run, bucket, day, written)] = len(now)
-        while pending:
-            settle()
+    def drain(self) -> Outcome:
+        """Return what was noted since the last time."""
+        outcome = Outcome()
+        while self.retries:
+            self.retries.pop()
+            outcome.counts["retries"] += 1
+        while self.answers:
+            status, seconds, sent_bytes, arrived = self.answers.popleft()
+            outcome.statuses[status] += 1
+            outcome.counts.update(sent_bytes=sent_bytes, arrived=arrived)
+            outcome.latencies[round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += bool(status)
+        return outcome
 
 
-# The run
-
-
-@contextlib.contextmanager
-def claim_spool(temp_dir: str) -> Iterator[str]:
-    """Hold the directory in which files wait for their upload, TEMP_DIR/wattif, for one run.
-
-    The lock is on the temp directory itself, so a crash leaves none behind. What an earlier run left in the spool
-    is cleared, and nothing else is ever touched. Files whose upload fails stay; otherwise the temp directory is
-    left as it was found. Raises RunError where another run holds it.
-    """
-    spool = os.path.join(temp_dir, SPOOL)
-    holder = os.path.join(spool, "pid")
-    lock = os.open(temp_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        lock_or_name_holder(lock, temp_dir, holder)
-        if os.path.lexists(spool):
-            log.warning("clearing %s, which an earlier run left", spool)
-            shutil.rmtree(spool)
-        os.mkdir(spool, 0o700)
-        write_file(holder, [b"%d" % os.getpid()], 0o600)
-        yield spool
-        os.unlink(holder)
-        for folder, _, _ in os.walk(spool, topdown=False):
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-    finally:
-        os.close(lock)
-
-
-def lock_or_name_holder(lock: int, temp_dir: str, holder: str) -> None:
-    """Lock an open directory, or raise RunError that names the process which the file `holder` says has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        process = "another run"
-        with contextlib.suppress(OSError), open(holder) as file:
-            process = f"process {file.read()}"
-        raise RunError(f"--temp-dir {temp_dir} is in use by {process}; wait for it or give another one") from None
-
-
-def find_credentials() -> Any:
-    """Find the Application Default Credentials, or None for an emulator. Raises UsageError where there are none."""
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        return None
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
-
-    try:
-        return google.auth.default()[0]
-    except DefaultCredentialsError:
-        raise UsageError(
-            "--bucket needs Google credentials: run 'gcloud auth application-default login', set "
-            "GOOGLE_APPLICATION_CREDENTIALS to a key file, or keep the files here with --output-dir"
-        ) from None
-
-
-def open_bucket(run: Run, credentials: Any) -> Bucket | None:
+def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
     """Return the bucket, if there is one, of a client of this process's own with a connection for each upload."""
     if not run.bucket:
         return None
@@ -564,13 +500,407 @@ def open_bucket(run: Run, credentials: Any) -> Bucket | None:
     from google.cloud import storage
     from requests.adapters import HTTPAdapter
 
+    last = threading.local()
+
+    class GaugedAdapter(HTTPAdapter):
+        def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            started = time.monotonic()
+            if started - gauge.failing_since > gauge.patience:
+                raise Outage(f"nothing was accepted for {gauge.patience:.0f} s")
+            if request.body and request.body is getattr(last, "body", None):
+                gauge.retries.append(None)
+            elif "uploadType=" in request.url:
+                gauge.wait_for_turn()
+                started = time.monotonic()
+            last.body = request.body
+            try:
+                return super().send(request, *args, **kwargs)
+            except Exception:
+                gauge.note(0, started)
+                raise
+
     client = storage.Client(project=None, credentials=credentials)
     session = client._http  # as the library's documentation does to widen the pool of connections
     for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
+        session.mount(scheme, GaugedAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
+
+    def note_answer(response: Any, **_: Any) -> None:
+        started = time.monotonic() - response.elapsed.total_seconds()
+        gauge.note(response.status_code, started, response.request)
+
+    session.hooks["response"].append(note_answer)
     # With trust_env, requests looks for proxies, certificates and .netrc anew on every request.
     session.trust_env = bool(getproxies() or {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"} & set(os.environ))
     return client.bucket(run.bucket)
+
+
+def request_options(run: Run) -> dict[str, Any]:
+    """Say how long a request may take and how long it is tried again, by the library's exponential backoff."""
+    from google.cloud.storage import retry
+
+    timeout = min(REQUEST_TIMEOUT, run.retry_timeout / 3)  # so that a request without an answer is tried again
+    return {"timeout": timeout, "retry": retry.DEFAULT_RETRY.with_timeout(run.retry_timeout)}
+
+
+def upload_files(run: Run, bucket: Bucket, day: date, folder: str, names: list[str]) -> list[Exception | None]:
+    """Upload files of one day and return, for each, the error that kept it from arriving."""
+    from google.cloud.storage import transfer_manager
+
+    try:
+        return transfer_manager.upload_many_from_filenames(
+            bucket,
+            names,
+            source_directory=folder,
+            blob_name_prefix=f"{partition(day)}/",
+            blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
+            upload_kwargs={"content_type": CONTENT_TYPES[run.gzip], **request_options(run)},
+            worker_type=transfer_manager.THREAD,
+            max_workers=run.transfer_workers,
+        )
+    except RuntimeError as error:  # no more threads can be started
+        return [error] * len(names)
+
+
+def explain(error: BaseException) -> str:
+    """Say in one short line what an error is: the server's own words, if it sent any."""
+    error = getattr(error, "cause", None) or error  # of a RetryError
+    text = f"{type(error).__name__}: {error}"
+    response = getattr(error, "response", None)
+    if response is not None:
+        text = f"HTTP {response.status_code}"
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            text += f": {response.json()['error']['message']}"
+    line = " ".join(text.split())
+    return line if len(line) < 200 else f"{line[:200]}..."
+
+
+def refusal(error: BaseException, run: Run) -> str:
+    """Say what to do where an error means that every other request would fail as well; otherwise nothing."""
+    from google.auth.exceptions import GoogleAuthError, TransportError
+
+    code = getattr(error, "code", None)
+    if code == 401 or (isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)):
+        remedy = "the credentials were not accepted: log in again, or give the VM a service account"
+    elif code == 403:
+        remedy = (
+            f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser on it; "
+            "with a role that only creates, --resume skips what is there"
+        )
+    elif code == 404:
+        remedy = f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket"
+    else:
+        return ""
+    return f"{remedy} ({explain(error)})"
+
+
+# What is there already
+
+
+class Listing(NamedTuple):
+    """The files of a day that are in the destination: arrays in the order of their keys, and names of no file."""
+
+    keys: array[int]
+    sizes: array[int]
+    checksums: array[int]  # CRC32C; of local files only where it was asked for
+    strangers: list[str]
+
+
+def find(keys: array[int], key: int) -> int:
+    """Return the position of a key among sorted ones, or -1."""
+    position = bisect_left(keys, key)
+    return position if position < len(keys) and keys[position] == key else -1
+
+
+def name_range(run: Run, files: range) -> tuple[str, str]:
+    """Bound the names of a slice's files, from the first name to before the second; at its ends, all of the day's."""
+    meters = run.meters_of(files)
+    first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
+    if run.meters_per_file == 1:
+        first, last = f"02{meters.start // BLOCK_METERS:04X}", f"02{meters[-1] // BLOCK_METERS + 1:04X}"
+    return "" if files.start == 0 else first, "~" if files.stop == run.day_files.stop else last
+
+
+def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
+    """Return the size and the CRC32C of a file's content."""
+    import google_crc32c  # what the client library computes it with
+
+    size = checksum = 0
+    for chunk in chunks:
+        size += len(chunk)
+        checksum = google_crc32c.extend(checksum, bytes(chunk))
+    return size, checksum
+
+
+def list_entries(run: Run, bucket: Bucket | None, day: date, first: str, last: str) -> Iterator[tuple[str, int, int]]:
+    """Yield name, size and CRC32C of what is in a day's partition within a range of names, in order."""
+    prefix = f"{partition(day)}/"
+    if bucket:
+        fields = "items(name,size,crc32c),nextPageToken"
+        found = bucket.client.list_blobs(
+            bucket,
+            prefix=prefix,
+            start_offset=prefix + first,
+            end_offset=prefix + last,
+            fields=fields,
+            **request_options(run),
+        )
+        for blob in found:
+            yield blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+        return
+    folder = os.path.join(run.directory, partition(day))
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if first <= name < last and not name.startswith("."):
+            size, checksum = os.stat(path).st_size, 0
+            if run.verify and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    size, checksum = measure(iter(lambda: file.read(1 << 20), b""))
+            yield name, size, checksum
+
+
+def list_day(run: Run, bucket: Bucket | None, day: date, files: range) -> Listing:
+    """List a day's files within the names of a slice. Raises RunError where the destination cannot be listed."""
+    listing = Listing(array("Q"), array("Q"), array("Q"), [])
+    first, last = name_range(run, files)
+    pattern, base = (r"meters-([0-9]{9})-.*", 10) if run.meters_per_file > 1 else (r"([0-9A-F]{12})\..*", 16)
+    try:
+        for name, size, checksum in list_entries(run, bucket, day, first, last):
+            match = re.fullmatch(pattern, name, re.DOTALL)
+            if match and file_name(run, int(match[1], base)) == name:
+                listing.keys.append(int(match[1], base))
+                listing.sizes.append(size)
+                listing.checksums.append(checksum)
+            elif first <= name < last:  # not every emulator heeds the range
+                listing.strangers.append(name)
+    except Exception as error:
+        if not (isinstance(error, (OSError, Outage)) or type(error).__module__.startswith("google.")):
+            raise
+        reason = refusal(error, run) if bucket else ""
+        raise RunError(reason or f"cannot list {run.destination}/{partition(day)}: {explain(error)}") from None
+    return listing
+
+
+# The pipeline of one process
+
+
+class Slice:
+    """The files that a process makes each day: their indices, and the fleet behind them."""
+
+    def __init__(self, run: Run, files: range) -> None:
+        """Draw the meters of the files."""
+        self.run, self.files = run, files
+        self.meters = run.meters_of(files)
+        self.fleet = draw_fleet(run.seed, self.meters)
+        log.debug("drew meters %d to %d", self.meters[0], self.meters[-1])
+
+    def file(self, index: int) -> File:
+        """Return a file by its index."""
+        first = index * self.run.meters_per_file
+        start = first - self.meters.start
+        meters = self.fleet[start : start + self.run.meters_per_file]
+        return File(first if self.run.meters_per_file > 1 else meters[0], meters)
+
+    def missing(self, listing: Listing) -> array[int]:
+        """Return the indices of files that are not there, or not of the right size."""
+        indices = array("Q")
+        for index in self.files:
+            found = find(listing.keys, self.file(index).key)
+            if found < 0 or not (self.run.gzip or listing.sizes[found] == self.run.file_bytes(index)):
+                indices.append(index)
+        return indices
+
+
+def run_pipeline(
+    run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]
+) -> None:
+    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
+
+    `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
+    comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
+    run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
+    """
+    own = Slice(run, files)
+    gauge = Gauge(run.pace(files), run.retry_timeout)
+    bucket = open_bucket(run, credentials, gauge)
+    free = run.files_on_disk(files)
+    batch_files = max(1, free // run.batches)
+    if gauge.pace:
+        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / gauge.pace)))
+    failed_in_a_row = 0
+    pending: dict[Future[Outcome], int] = {}
+
+    def settle() -> None:
+        nonlocal free, failed_in_a_row
+        done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
+        report(gauge.drain())
+        for future in done:
+            outcome = future.result()
+            free += pending.pop(future) - outcome.counts["failed"]
+            failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
+            if failed_in_a_row >= max(2, batch_files):
+                reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
+                outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
+            stopping.extend(filter(None, [outcome.fatal]))
+            report(outcome)
+        if not pending and not free:
+            stopping.append("full")
+            report(Outcome(fatal="files whose upload failed fill the disk; see to the cause, then run with --resume"))
+
+    with ThreadPoolExecutor(run.write_workers, "write") as write_executor, ThreadPoolExecutor(
+        run.upload_workers, "upload"
+    ) as upload_executor:
+        for day in map(date.fromordinal, run.days):
+            todo: Sequence[int] = files
+            if run.resume and not stopping:
+                todo = own.missing(list_day(run, bucket, day, files))
+                report(Outcome(Counter(skipped=len(files) - len(todo))))
+            template = render_day_template(day, run.interval) if todo and not stopping else b""
+            while todo and not stopping:
+                if len(pending) == run.batches or (pending and free < batch_files) or not free:
+                    settle()
+                    continue
+                count = min(batch_files, free)
+                batch, todo = [*map(own.file, todo[:count])], todo[count:]
+                free -= len(batch)
+                written = write_executor.submit(write_batch, run, day, template, batch)
+                pending[upload_executor.submit(deliver_batch, run, bucket, day, batch, written)] = len(batch)
+        while pending:
+            settle()
+    report(gauge.drain())
+
+
+def verify_slice(
+    run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]
+) -> None:
+    """Compare a slice of the destination with what a run would put there: names, sizes and CRC32C.
+
+    Names that belong to no file are counted by the slice that can tell: where meters have files of their own, the
+    one that has the first meter of a block, whose other meters it draws too.
+    """
+    own = Slice(run, files)
+    gauge = Gauge(0.0, run.retry_timeout)
+    bucket = open_bucket(run, credentials, gauge)
+    first_told, others = name_range(run, files)[0], array("Q")
+    if run.meters_per_file == 1:
+        end_of_block = -(-own.meters.stop // BLOCK_METERS) * BLOCK_METERS
+        others = array("Q", sorted(draw_fleet(run.seed, range(own.meters.stop, min(end_of_block, run.meters)))))
+        if own.meters.start % BLOCK_METERS:
+            first_told = f"02{own.meters.start // BLOCK_METERS + 1:04X}"
+    for day in map(date.fromordinal, run.days):
+        template = render_day_template(day, run.interval)
+        listing = list_day(run, bucket, day, files)
+        unexpected = dict(zip(listing.keys, itertools.repeat(None)))
+        for start in range(0, len(files), run.batch_size):
+            if stopping:
+                return
+            outcome = gauge.drain()
+            batch = [*map(own.file, files[start : start + run.batch_size])]
+            for file, content in zip(batch, batch_contents(run, day, template, batch)):
+                expected, found = measure(content), find(listing.keys, file.key)
+                unexpected.pop(file.key, None)
+                same = found >= 0 and expected == (listing.sizes[found], listing.checksums[found])
+                kind = "objects" if same else "different" if found >= 0 else "missing"
+                outcome.counts[kind] += 1
+                if same:
+                    outcome.counts.update(readings=run.rows * len(file.meters), bytes=expected[0])
+                else:
+                    outcome.failures.append(f"{kind}: {partition(day)}/{file_name(run, file.key)}")
+            report(outcome)
+        names = [*listing.strangers, *(file_name(run, key) for key in unexpected if find(others, key) < 0)]
+        names = [f"unexpected: {partition(day)}/{name}" for name in names if name >= first_told]
+        report(Outcome(Counter(unexpected=len(names)), failures=names))
+
+
+def run_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]) -> None:
+    """Do or verify a slice; a destination that cannot be listed ends the run."""
+    try:
+        (verify_slice if run.verify else run_pipeline)(run, files, credentials, stopping, report)
+    except RunError as error:
+        report(Outcome(fatal=str(error)))
+
+
+# The run: its directory, its processes, its signals
+
+
+def spooled(spool: str) -> Iterator[tuple[str, int]]:
+    """Yield path and size of each file in a spool. Raises RunError where something there is not WattIf's."""
+    if os.path.islink(spool):
+        raise RunError(f"{spool!r} is a symbolic link: remove it, or give another --temp-dir")
+    for folder, folders, names in os.walk(spool):
+        inside = os.path.relpath(folder, spool)
+        strange = [name for name in names if not SPOOLED.fullmatch(name)]
+        strange += [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        if strange or not re.fullmatch(r"\.|dt=\d{4}-\d\d-\d\d", inside):
+            path = os.path.join(folder, *strange[:1])
+            raise RunError(f"{path!r} is not WattIf's: move it away, or give another --temp-dir")
+        for name in names:
+            path = os.path.join(folder, name)
+            yield path, os.lstat(path).st_size
+
+
+@contextlib.contextmanager
+def claim_spool(run: Run) -> Iterator[Run]:
+    """Hold the directory in which files wait for their upload, TEMP_DIR/SPOOL, and yield a run that uses it.
+
+    The lock is on the temp directory itself, so a crash leaves none behind. What an earlier run left in the spool
+    is cleared, and nothing else is ever touched. Files whose upload fails stay; otherwise the temp directory is
+    left as it was found. Raises RunError where another run holds it or the spool cannot be had.
+    """
+    spool = os.path.join(run.directory, SPOOL)
+    holder = os.path.join(spool, "pid")
+    lock = os.open(run.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left = [path for path, _ in spooled(spool)]
+            if left:
+                log.warning("clearing %d files that an earlier run left in %s", len(left), spool)
+            for path in left:
+                os.unlink(path)
+            remove_empty(spool)
+            os.mkdir(spool, 0o700)
+            write_file(holder, [b"%d" % os.getpid()], 0o600)
+        except BlockingIOError:
+            process = "another run"
+            with contextlib.suppress(OSError), open(holder) as file:
+                process = f"process {file.read()}"
+            raise RunError(f"--temp-dir {run.directory} is in use by {process}; wait or give another one") from None
+        except OSError as error:
+            raise RunError(f"--temp-dir: cannot use {error.filename or spool!r}: {error.strerror}") from None
+        yield replace(run, directory=spool)
+        with contextlib.suppress(OSError):
+            os.unlink(holder)
+        remove_empty(spool)
+    finally:
+        os.close(lock)
+
+
+def remove_empty(directory: str) -> None:
+    """Remove a directory and those below it as far as they are empty."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def find_credentials() -> Any:
+    """Find the Application Default Credentials, or None for an emulator. Raises UsageError where there are none."""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    if emulator:
+        if not re.match("https?://[^/]", emulator):
+            raise UsageError("STORAGE_EMULATOR_HOST must begin with http:// or https://; with --bucket it is used")
+        return None
+    import google.auth
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        return google.auth.default()[0]
+    except (GoogleAuthError, OSError, ValueError, AttributeError) as error:
+        where = "GOOGLE_APPLICATION_CREDENTIALS"
+        named = f"{where}={os.environ[where]!r} is of no use" if where in os.environ else "there are none here"
+        raise UsageError(
+            f"--bucket needs Google credentials, and {named} ({explain(error)}): run 'gcloud auth application-default "
+            "login', give the VM a service account, or keep the files with --output-dir"
+        ) from None
 
 
 def keep_freed_memory() -> None:
@@ -596,21 +926,21 @@ def run_child(run: Run, files: range, credentials: Any, connection: Connection, 
         signal.signal(number, signal.SIG_IGN)
     for other in inherited:
         other.close()
-    stopping = threading.Event()
+    stopping: list[str] = []
 
     def follow_parent() -> None:
         with contextlib.suppress(EOFError, OSError):
-            while connection.recv():
-                stopping.set()
+            while True:
+                stopping.append(connection.recv())
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    run_pipeline(run, files, open_bucket(run, credentials), stopping, connection.send)
+    run_slice(run, files, credentials, stopping, connection.send)
     connection.send(None)
 
 
-def run_children(run: Run, credentials: Any, stopping: threading.Event, report: Callable[[Outcome], None]) -> None:
-    """Run a pipeline for each slice in a process of its own, started before any thread or client exists."""
+def run_children(run: Run, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]) -> None:
+    """Do each slice in a process of its own, started before any thread or client exists."""
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
     context = multiprocessing.get_context("fork")
@@ -620,66 +950,77 @@ def run_children(run: Run, credentials: Any, stopping: threading.Event, report: 
         process = context.Process(target=run_child, args=(run, files, credentials, theirs, [ours, *children]))
         process.start()
         theirs.close()
-        children[ours] = (process, files)
+        children[ours] = (process, run.meters_of(files))
     told = False
     while children:
-        if stopping.is_set() and not told:
+        if stopping and not told:
             told = True
             for connection in children:
                 with contextlib.suppress(OSError):
                     connection.send("stop")
+        report(Outcome())
         for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
-            process, files = children[connection]
+            process, meters = children[connection]
             try:
                 outcome = connection.recv()
             except (EOFError, OSError):
                 process.join()
-                meters = run.meters_of(files)
-                ending = f"meters {meters[0]} to {meters[-1]}: their process ended with exit code {process.exitcode}"
-                outcome = Outcome(failures=[f"{ending}; run again"])
-                del children[connection]
-            if outcome is None:
+                ending = f"their process ended with exit code {process.exitcode}; run again with --resume"
+                report(Outcome(failures=[f"meters {meters[0]} to {meters[-1]}: {ending}"]))
+                outcome = None
+            if outcome:
+                report(outcome)
+            else:
                 process.join()
                 del children[connection]
-            else:
-                report(outcome)
 
 
-def execute(run: Run, credentials: Any) -> Outcome:
-    """Do a whole run and return what became of it. SIGINT and SIGTERM let the batches in flight finish."""
-    stopping = threading.Event()
-    total = Outcome()
+def execute(run: Run, credentials: Any, progress: Progress) -> int:
+    """Do a whole run, with its progress and report, and return its exit status.
+
+    The first SIGINT or SIGTERM lets the batches in flight finish; the second ends the process at once.
+    """
+    stopping: list[str] = []
+    signals: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        if signals:
             os._exit(128 + number)
-        stopping.set()
-        total.counts["signal"] = number
+        signals.append(number)
+        stopping.append("signal")
 
     def report(outcome: Outcome) -> None:
-        total.add(outcome)
+        progress.update(outcome)
         if outcome.fatal:
-            stopping.set()
+            stopping.append(outcome.fatal)
+        if stopping == ["signal"]:
+            stopping.append("said")
+            say("stopping: the batches in flight finish; another signal stops at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        if run.bucket and run.slices:
-            run = replace(run, directory=stack.enter_context(claim_spool(run.directory)))
-        if len(run.slices) > 1:
-            run_children(run, credentials, stopping, report)
-        elif run.slices:
-            run_pipeline(run, run.slices[0], open_bucket(run, credentials), stopping, report)
-    return total
+        try:
+            if run.bucket and not run.verify and run.slices:
+                run = stack.enter_context(claim_spool(run))
+            if len(run.slices) > 1:
+                run_children(run, credentials, stopping, report)
+            elif run.slices:
+                run_slice(run, run.slices[0], credentials, stopping, report)
+        except RunError as error:
+            report(Outcome(fatal=str(error)))
+    return progress.conclude(signals[0] if signals else 0)
 
 
-# Reporting
+# Reporting: standard error is for people, standard output for programs
 
 
 def say(line: str) -> None:
-    """Tell a person something, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """Tell a person one line, control characters escaped, in place of the live line if there is one."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
+    sys.stderr.write(f"{ERASE if sys.stderr.isatty() else ''}{shown}\n")
+    sys.stderr.flush()
 
 
 def in_bytes(count: float) -> str:
@@ -691,47 +1032,180 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
-def describe_plan(run: Run) -> str:
+def describe_plan(run: Run) -> list[str]:
     """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
     size = run.readings * ROW_BYTES
-    inexact = run.gzip or run.meters % run.meters_per_file
+    inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
     lines = {
         "days": f"{run.start} to {run.end}",
         "meters": f"{run.meters:,}, a reading every {run.interval} s, seed {run.seed}",
         "task": f"{run.task_index} of {run.task_count:,} (from {run.task_source})" if run.task_source else "",
         "readings": f"{run.readings:,}",
-        "objects": f"{run.objects:,} of {'at most ' if inexact else ''}{run.file_bytes:,} bytes",
+        "objects": f"{run.objects:,} of {inexact}{run.file_bytes():,} bytes",
         "bytes": f"{size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}",
         "processes": f"{len(run.slices)}",
         "disk": f"at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}",
         "destination": f"{run.destination}/dt=YYYY-MM-DD/",
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items() if value)
+    return [f"{name:<12} {value}" for name, value in lines.items() if value]
 
 
-def describe_outcome(total: Outcome, seconds: float) -> str:
-    """Say in one line what a run did: objects, readings, bytes, seconds, rates, failures."""
-    counts = total.counts
-    return (
-        f"{counts['objects']:,} objects, {counts['readings']:,} readings, {in_bytes(counts['bytes'])} "
-        f"in {seconds:.1f} s: {counts['objects'] / seconds:,.1f} objects/s, {counts['readings'] / seconds:,.0f} "
-        f"readings/s, {in_bytes(counts['bytes'] / seconds)}/s; {counts['failed']:,} failed"
-    )
+class Progress:
+    """What a run has done so far: a live line on a terminal, a log line now and then elsewhere, a report at the end.
+
+    Throughput is kept in at most SLOTS slots of equal length, which doubles whenever they are full.
+    """
+
+    def __init__(self, run: Run, as_json: bool) -> None:
+        """Begin to count time."""
+        self.run, self.as_json, self.total = run, as_json, Outcome()
+        self.started = self.painted = self.logged = time.monotonic()
+        self.seconds: deque[tuple[int, int, int]] = deque(maxlen=RATE_SECONDS)  # second, bytes, objects
+        self.slots: list[int] = []
+        self.slot_seconds = 1
+        self.peaks = (0, 0)
+
+    def update(self, outcome: Outcome) -> None:
+        """Add what became of some files, and show it if it is time to."""
+        self.total.add(outcome)
+        if self.run.verify:
+            del self.total.failures[NAMED:]  # the counts tell how many there are
+        now = time.monotonic()
+        second = int(now - self.started)
+        counts = outcome.counts
+        sent = (counts["sent_bytes"], counts["arrived"]) if self.run.bucket else (counts["bytes"], counts["objects"])
+        if any(sent):
+            if not self.seconds or self.seconds[-1][0] != second:
+                self.seconds.append((second, 0, 0))
+            _, *before = self.seconds.pop()
+            so_far = (before[0] + sent[0], before[1] + sent[1])
+            self.seconds.append((second, *so_far))
+            self.peaks = (max(self.peaks[0], so_far[0]), max(self.peaks[1], so_far[1]))
+            while second // self.slot_seconds >= SLOTS:
+                self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
+                self.slot_seconds *= 2
+            self.slots += [0] * (second // self.slot_seconds + 1 - len(self.slots))
+            self.slots[-1] += sent[0]
+        if sys.stderr.isatty() and now - self.painted >= TICK_SECONDS:
+            self.painted = now
+            sys.stderr.write(ERASE + self.live_line(os.get_terminal_size(sys.stderr.fileno()).columns - 1))
+            sys.stderr.flush()
+        elif not sys.stderr.isatty() and now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            log.info("%s", self.live_line(200))
+
+    def live_line(self, width: int) -> str:
+        """Say how far the run is, in at most `width` characters; what matters least is left out first."""
+        counts, objects = self.total.counts, max(1, self.run.objects)
+        done = counts["objects"] + counts["skipped"] + counts["failed"] + counts["missing"] + counts["different"]
+        elapsed = time.monotonic() - self.started
+        recent = [entry for entry in self.seconds if entry[0] >= elapsed - RATE_SECONDS]
+        rate = sum(entry[1] for entry in recent) / min(max(elapsed, 0.1), RATE_SECONDS)
+        left = elapsed / (done - counts["skipped"]) * (objects - done) if done > counts["skipped"] else math.inf
+        pieces = [
+            f"{100 * done // objects:3d}%",
+            f"{done:,}/{self.run.objects:,} objects",
+            f"{in_bytes(rate)}/s",
+            f"{timedelta(seconds=round(left))} left" if left < 8e6 else "",
+            f"{counts['readings']:,} readings",
+            f"{counts['retries']:,} retries" if counts["retries"] else "",
+        ]
+        pieces = [piece for piece in pieces if piece]
+        while len("  ".join(pieces)) > width:
+            pieces.pop()
+        room = min(30, width - len("  ".join(pieces)) - 4)
+        if room >= 8:
+            full = room * done // objects
+            pieces.insert(1, f"[{'#' * full}{'.' * (room - full)}]")
+        return "  ".join(pieces)
+
+    def latency(self, share: float) -> float:
+        """Return the seconds within which a share of the answers came, with an error of 2.5% at the most."""
+        latencies, wanted = self.total.latencies, share * sum(self.total.latencies.values())
+        for exponent in sorted(latencies):
+            wanted -= latencies[exponent]
+            if wanted <= 0 and latencies[exponent]:
+                return LATENCY_BASE**exponent
+        return 0.0
+
+    def summary(self, status: int) -> dict[str, Any]:
+        """Return the report for programs; keys and units are documented in the README."""
+        counts, run = self.total.counts, self.run
+        elapsed = max(time.monotonic() - self.started, 1e-3)
+        unit = min(elapsed, 1.0)  # a run shorter than a second has no second to be the peak
+        return {
+            "mode": "verify" if run.verify else "upload" if run.bucket else "write",
+            "destination": run.destination,
+            "exit_status": status,
+            "error": self.total.fatal or None,
+            "objects_planned": run.objects,
+            **{f"objects_{k}": counts["objects" if k == "done" else k] for k in ("done", "skipped", "failed")},
+            **{f"objects_{kind}": counts[kind] for kind in ("missing", "different", "unexpected")},
+            "failures": self.total.failures,
+            "readings": counts["readings"],
+            "bytes": counts["bytes"],
+            "elapsed_seconds": round(elapsed, 3),
+            "mean_bytes_per_second": round(counts["bytes"] / elapsed),
+            "mean_objects_per_second": round(counts["objects"] / elapsed, 3),
+            "peak_bytes_per_second": round(self.peaks[0] / unit),
+            "peak_objects_per_second": round(self.peaks[1] / unit, 3),
+            "latency_p50_seconds": round(self.latency(0.5), 6),
+            "latency_p95_seconds": round(self.latency(0.95), 6),
+            "latency_p99_seconds": round(self.latency(0.99), 6),
+            "latency_max_seconds": round(self.latency(1.0), 6),
+            "answers": {str(code): self.total.statuses[code] for code in sorted(self.total.statuses) if code},
+            "unanswered_requests": self.total.statuses[0],
+            "throttled_answers": self.total.statuses[429] + self.total.statuses[503],
+            "retries": counts["retries"],
+            "throughput_bytes": self.slots,
+            "throughput_slot_seconds": self.slot_seconds,
+        }
+
+    def conclude(self, number: int) -> int:
+        """Report what became of the run, which signal `number` may have ended, and return its exit status."""
+        counts, run, total = self.total.counts, self.run, self.total
+        complete = counts["objects"] + counts["skipped"] == run.objects
+        failed = total.fatal or total.failures or counts["unexpected"] or not complete
+        status = 128 + number if number else int(bool(failed))
+        summary = self.summary(status)
+        for failure in total.failures:
+            say(f"failed: {failure}" if not run.verify else failure)
+        if total.fatal:
+            say(f"error: {total.fatal}")
+        if number:
+            say(f"stopped by {signal.Signals(number).name}; --resume goes on where this run ended")
+        say(
+            f"{counts['objects']:,} objects, {counts['readings']:,} readings, {in_bytes(counts['bytes'])} in "
+            f"{summary['elapsed_seconds']:.1f} s: {summary['mean_objects_per_second']:,.1f} objects/s, "
+            f"{counts['readings'] / summary['elapsed_seconds']:,.0f} readings/s, "
+            f"{in_bytes(summary['mean_bytes_per_second'])}/s; "
+            f"{counts['failed']:,} failed, {counts['skipped']:,} skipped"
+        )
+        if run.verify:
+            say(", ".join(f"{counts[kind]:,} {kind}" for kind in ("missing", "different", "unexpected")))
+        if summary["answers"]:
+            answers = ", ".join(f"{count:,} of {code}" for code, count in summary["answers"].items())
+            times = [(k, 1000 * summary[f"latency_{k}_seconds"]) for k in ("p50", "p95", "p99", "max")]
+            say(
+                f"answers      {answers}; {summary['unanswered_requests']:,} requests without one; "
+                f"{summary['throttled_answers']:,} throttled (429, 503), {counts['retries']:,} retries"
+            )
+            say(f"latency      {', '.join(f'{name} {value:,.0f} ms' for name, value in times)}")
+        if len(self.slots) > 1:
+            peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
+            say(f"throughput   {sparkline(self.slots)} at most {peaks}")
+        if self.as_json:
+            print(json.dumps(summary), flush=True)
+        return status
 
 
-def conclude(run: Run, total: Outcome, seconds: float) -> int:
-    """Report what became of a run and return its exit status: 0, 1, or 128 and the signal that ended it."""
-    for failure in total.failures[:NAMED_FAILURES]:
-        say(f"failed: {failure}")
-    if len(total.failures) > NAMED_FAILURES:
-        say(f"failed: {len(total.failures) - NAMED_FAILURES:,} more; their files are there too")
-    if total.fatal:
-        say(f"error: {total.fatal}")
-    say(describe_outcome(total, seconds))
-    if total.counts["signal"]:
-        say(f"interrupted by {signal.Signals(total.counts['signal']).name}")
-        return 128 + total.counts["signal"]
-    return int(total.counts["objects"] < run.objects)
+def sparkline(values: Sequence[int]) -> str:
+    """Draw values as bars of eight heights, in ASCII where standard error has nothing else."""
+    bars = "▁▂▃▄▅▆▇█"
+    with contextlib.suppress(UnicodeEncodeError):
+        bars.encode(sys.stderr.encoding)
+        return "".join(bars[value * 7 // max(values)] for value in values)
+    return "".join("_.-:=+*#"[value * 7 // max(values)] for value in values)
 
 
 # The command line
@@ -741,19 +1215,21 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the message without a usage text, control characters escaped, and exit with status 2."""
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in message)
-        say(f"{self.prog}: error: {line[:1000]}")
+        """Print the message without a usage text and exit with status 2."""
+        say(f"{self.prog}: error: {message[:1000]}")
         raise SystemExit(2)
 
 
 def day(text: str) -> date:
     """Parse a day; argparse names the flag."""
+    today = datetime.now(timezone.utc).date()
+    if text in ("today", "yesterday"):
+        return today - timedelta(days=text == "yesterday")
     with contextlib.suppress(ValueError):
         parsed = datetime.strptime(text, "%Y-%m-%d").date()
         if parsed.isoformat() == text:
             return parsed
-    raise argparse.ArgumentTypeError(f"{text!r} is not a day of the calendar; write it as YYYY-MM-DD")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a day: write YYYY-MM-DD, today or yesterday (UTC)")
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -767,6 +1243,21 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def rate(text: str) -> float:
+    """Parse a number of objects a second; argparse names the flag."""
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) and float(text) > 0:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of objects a second above 0")
+
+
+def size(text: str) -> int:
+    """Parse a size in bytes, with a decimal or binary unit or none; argparse names the flag."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kKMGT]?)(i?)B?", text)
+    if not match or (match[3] and not match[2]) or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000000, 500MB, 20GB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
 def interval(text: str) -> int:
     """Parse the seconds between readings; argparse names the flag."""
     seconds = whole_number(1, DAY_SECONDS)(text)
@@ -777,15 +1268,13 @@ def interval(text: str) -> int:
 
 def bucket_name(text: str) -> str:
     """Parse a bucket's name by the rules of https://cloud.google.com/storage/docs/buckets#naming."""
-    longest = 222 if "." in text else 63
-    if not (
-        3 <= len(text) <= longest
-        and all(re.fullmatch("[a-z0-9_-]{1,63}", part) for part in text.split("."))
-        and text[0] not in "_-"
-        and text[-1] not in "_-"
-        and not re.fullmatch(r"(\d+\.){3}\d+", text)
-        and not text.startswith("goog")
-        and not re.search("g[o0][o0]g[l1]e", text)
+    if (
+        not 3 <= len(text) <= (222 if "." in text else 63)
+        or not all(re.fullmatch("[a-z0-9_-]{1,63}", part) for part in text.split("."))
+        or text[0] in "_-"
+        or text[-1] in "_-"
+        or re.fullmatch(r"(\d+\.){3}\d+", text)
+        or re.search("^goog|g[o0][o0]g[l1]e", text)
     ):
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be a bucket: 3 to 63 lower-case letters, digits, '-', '_' and '.', letters or digits at "
@@ -806,58 +1295,62 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    days = parser.add_argument_group("days (UTC)")
-    days.add_argument("--start", type=day, required=True, metavar="DATE", help="first day, YYYY-MM-DD")
-    days.add_argument("--end", type=day, required=True, metavar="DATE", help="last day, included")
-
-    where = parser.add_argument_group("destination")
-    where.add_argument(
-        "--bucket", type=bucket_name, metavar="NAME", help=f"upload to gs://NAME (default: {DEFAULT_BUCKET})"
-    )
-    where.add_argument("--output-dir", metavar="DIR", help="keep the files in DIR instead: no account, no network")
-
-    def number(
-        group: Any, flag: str, default: int | None, most: int, text: str, metavar: str = "N", least: int = 1
-    ) -> None:
-        default_text = "from the engine's environment, else one share" if default is None else f"{default:,}"
-        help_text = f"{text} (default: {default_text})"
-        group.add_argument(flag, type=whole_number(least, most), default=default, metavar=metavar, help=help_text)
-
-    data = parser.add_argument_group("data")
-    number(data, "--meters", 1000, MAX_METERS, "size of the fleet")
-    data.add_argument(
-        "--interval",
-        type=interval,
-        default=10,
-        metavar="SECONDS",
-        help="seconds between readings; must divide a day (default: 10)",
-    )
-    number(data, "--seed", DEFAULT_SEED, 2**63 - 1, "fleet and readings follow from it", least=0)
-    number(data, "--meters-per-file", 1, MAX_METERS, "meters that share an object, one after the other")
-    data.add_argument("--gzip", action="store_true", help="compress the objects (level 1)")
-
-    tasks = parser.add_argument_group("many machines")
-    number(tasks, "--task-index", None, MAX_METERS, "which share of the run this is, from 0 on", "I", least=0)
-    number(tasks, "--task-count", None, MAX_METERS, "into how many shares the run is split")
-
-    tuning = parser.add_argument_group("tuning")
-    tuning.add_argument(
-        "--temp-dir",
-        default=DEFAULT_TEMP_DIR,
-        metavar="DIR",
-        help=f"where files wait for their upload; created if missing (default: {DEFAULT_TEMP_DIR})",
-    )
-    number(tuning, "--batch-size", 100, 100_000, "files for each call of the transfer manager")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number(tuning, "--processes", cores, 1024, "pipelines, each with its own threads (the cores it may use)")
-    number(tuning, "--write-workers", 1, 1024, "threads that generate and write, each a batch")
-    number(tuning, "--upload-workers", 2, 1024, "batches that are uploaded at once")
-    number(tuning, "--transfer-workers", 16, 1024, "uploads at once within a batch: the transfer manager's max_workers")
-
-    other = parser.add_argument_group("other")
-    other.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    other.add_argument("-v", "--verbose", action="store_true", help="log each batch and decision")
-    other.add_argument("-h", "--help", action="help", help="show this page and exit")
+    thread = whole_number(1, 1024)
+    count = whole_number(1, MAX_METERS)
+    engine = "the engine's environment, else one share"
+    # (flag, type, default, metavar, meaning); a flag without a type is a switch, one without a default is required.
+    required = object()
+    groups: dict[str, list[tuple[str, Any, Any, str, str]]] = {
+        "days (UTC)": [
+            ("--start", day, required, "DATE", "first day: YYYY-MM-DD, today or yesterday"),
+            ("--end", day, required, "DATE", "last day, included"),
+        ],
+        "destination": [
+            ("--bucket", bucket_name, None, "NAME", f"upload to gs://NAME (default: {DEFAULT_BUCKET})"),
+            ("--output-dir", str, None, "DIR", "keep the files in DIR instead: no account, no network"),
+        ],
+        "data": [
+            ("--meters", count, 1000, "N", "size of the fleet"),
+            ("--interval", interval, 10, "SECONDS", "seconds between readings; must divide a day"),
+            ("--seed", whole_number(0, 2**63 - 1), DEFAULT_SEED, "N", "fleet and readings follow from it"),
+            ("--meters-per-file", count, 1, "K", "meters that share an object, one after the other"),
+            ("--gzip", None, False, "", "compress the objects (level 1)"),
+        ],
+        "what to do": [
+            ("--resume", None, False, "", "skip the objects that are there already"),
+            ("--verify", None, False, "", "upload nothing; compare names, sizes and CRC32C of what is there"),
+            ("--dry-run", None, False, "", "print the plan and stop"),
+            ("--json", None, False, "", "print the report as a line of JSON on standard output"),
+            ("-v, --verbose", None, False, "", "log each batch and decision"),
+        ],
+        "many machines": [
+            ("--task-index", whole_number(0, MAX_METERS), None, "I", f"which share, from 0 on (default: {engine})"),
+            ("--task-count", count, None, "N", f"how many shares there are (default: {engine})"),
+        ],
+        "tuning": [
+            ("--temp-dir", str, DEFAULT_TEMP_DIR, "DIR", "where files wait for their upload; created if missing"),
+            ("--max-disk", size, None, "SIZE", "most bytes waiting there, as 20GB (default: batches in flight)"),
+            ("--batch-size", whole_number(1, 100_000), 100, "N", "files for each call of the transfer manager"),
+            ("--processes", thread, cores, "N", "pipelines, each with its own threads (the cores it may use)"),
+            ("--write-workers", thread, 1, "N", "threads of a process that generate and write, each a batch"),
+            ("--upload-workers", thread, 2, "N", "batches that a process uploads at once"),
+            ("--transfer-workers", thread, 16, "N", "uploads at once within a batch (max_workers)"),
+            ("--retry-timeout", whole_number(1, DAY_SECONDS), 120, "SECONDS", "how long a request is tried again"),
+            ("--rps-limit", rate, None, "R", "objects a second at most, evenly paced (default: no limit)"),
+        ],
+    }
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for names, parse, default, metavar, meaning in flags:
+            options: dict[str, Any] = {"action": "store_true"}
+            if parse:
+                shown = f" (default: {default:,})" if isinstance(default, int) else ""
+                shown = f" (default: {default})" if default and isinstance(default, str) else shown
+                given = {"required": True} if default is required else {"default": default}
+                options = {"type": parse, "metavar": metavar, **given}
+            group.add_argument(*names.split(", "), help=meaning + (shown if parse else ""), **options)
+    parser.add_argument("-h", "--help", action="help", help="show this page and exit")
     return parser
 
 
@@ -885,8 +1378,8 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None:
-        missing = "--task-count" if count is None else "--task-index"
-        raise UsageError(f"{missing} is missing: {source if count is None else '--task-count'} is there without it")
+        missing, there = ("--task-count", source) if count is None else ("--task-index", "--task-count")
+        raise UsageError(f"{missing} is missing: {there} is there without it")
     if not 0 <= index < count:
         raise UsageError(f"--task-index {index} (from {source}) must be from 0 to {count - 1}: --task-count is {count}")
     return index, count, source
@@ -896,8 +1389,11 @@ def plan(args: argparse.Namespace) -> Run:
     """Turn parsed flags into a run. Raises UsageError where they do not go together."""
     if args.end < args.start:
         raise UsageError(f"--end {args.end} is before --start {args.start}; swap them")
-    if args.bucket and args.output_dir is not None:
-        raise UsageError("--bucket and --output-dir exclude each other; drop one")
+    for flag, other in (("bucket", "output_dir"), ("resume", "verify")):
+        if getattr(args, flag) and getattr(args, other) not in (None, False):
+            raise UsageError(f"--{flag} and --{other.replace('_', '-')} exclude each other; drop one")
+    if args.meters_per_file > 1 and args.meters > 10**9:
+        raise UsageError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
     bucket = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
     index, count, source = find_task(args)
     derived = {
@@ -907,34 +1403,41 @@ def plan(args: argparse.Namespace) -> Run:
         "task_count": count,
         "task_source": source,
     }
-    return Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
+    run = Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
+    if bucket and args.max_disk is not None and args.max_disk < run.file_disk:
+        raise UsageError(f"--max-disk {args.max_disk:,} has no room for one file; it takes {run.file_disk:,} bytes")
+    return run
 
 
 def prepare_directory(run: Run) -> None:
-    """Create the run's directory and see that it can be written and has room. Raises UsageError if not."""
+    """See that the run's directory has room, create it and see that it can be written. Raises UsageError if not."""
     flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
     try:
+        ancestor = os.path.abspath(run.directory) if run.directory else ""
+        while ancestor and not os.path.lexists(ancestor):
+            ancestor = os.path.dirname(ancestor)
+        free = shutil.disk_usage(ancestor).free
+        if run.bucket:
+            free += sum(size for _, size in spooled(os.path.join(run.directory, SPOOL)))
+        needed = run.disk_bytes // 12 if run.gzip and not run.bucket else run.disk_bytes  # it compresses to 8%
+        if free < needed and not run.resume:
+            advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
+            raise UsageError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
         os.makedirs(run.directory, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.directory):
-            free = shutil.disk_usage(run.directory).free
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
-    if free < run.disk_bytes:
-        raise UsageError(
-            f"{flag} has {in_bytes(free)} free and the run needs {in_bytes(run.disk_bytes)}; "
-            + ("lower --batch-size or name another disk" if run.bucket else "name another disk or fewer days or meters")
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(threadName)s: %(message)s" if args.verbose else "%(message)s",
-        level=logging.ERROR,
-    )
+    erase = ERASE if sys.stderr.isatty() else ""
+    line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: %(message)s" if args.verbose else "%(message)s"
+    logging.basicConfig(format=erase + line, level=logging.CRITICAL)
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", message=r".*\bPython\b")  # packages that lament an old Python
@@ -942,20 +1445,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = plan(args)
         if not args.dry_run:
             credentials = find_credentials() if run.bucket else None
-            prepare_directory(run)
-    except UsageError as error:
+            if not run.verify:
+                prepare_directory(run)
+    except (UsageError, RunError) as error:
         parser.error(str(error))
-    say(describe_plan(run))
-    if args.dry_run:
-        return 0
-    started = time.monotonic()
-    try:
-        total = execute(run, credentials)
-    except RunError as error:
-        say(f"{parser.prog}: error: {error}")
-        return 1
-    return conclude(run, total, time.monotonic() - started)
+    for row in describe_plan(run):
+        say(row)
+    return 0 if args.dry_run else execute(run, credentials, Progress(run, args.json))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        say("stopped by SIGINT")
+        raise SystemExit(128 + signal.SIGINT) from None

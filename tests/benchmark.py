@@ -89,7 +89,7 @@ def alternate(*works: Callable[[], float], runs: int = RUNS) -> list[list[float]
 
 def row(name: str, figure: str, ratio: float | None = None, reference: str = "") -> None:
     """Print a line of the table."""
-    print(f"| {name} | {figure} | {f'{ratio:.2f} × {reference}' if ratio else reference} |", flush=True)
+    print(f"| {name} | {figure} | {f'{ratio:.2f} times {reference}' if ratio else reference} |", flush=True)
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def upload_server(delay: float = 0.0) -> Iterator[str]:
 def rows_in_memory() -> None:
     """Compare ways to make a meter-day in memory, by CPU seconds."""
     template = generator.render_day_template(DAY, 10)
-    fleet = generator.draw_fleet(0, 0, 300)
+    fleet = generator.draw_fleet(0, range(300))
     timestamps = [datetime(2024, 1, 1) + timedelta(seconds=10 * index) for index in range(ROWS)]
     texts = polars.Series([f"{timestamp.isoformat()}Z" for timestamp in timestamps])
     levels = polars.Series(range(900)) / 1000
@@ -142,7 +142,7 @@ def rows_in_memory() -> None:
                 )
 
     def seconds(work: Callable[[list[str]], None], meters: int) -> Callable[[], float]:
-        meter_ids = [generator.meter_id(address) for address in fleet[:meters]]
+        meter_ids = [f"{address:012X}" for address in fleet[:meters]]
 
         def timed() -> float:
             started = time.process_time()
@@ -236,7 +236,7 @@ def fleet_and_memory(scratch: Path) -> None:
 
     def drawn() -> float:
         started = time.process_time()
-        generator.draw_fleet(0, 0, meters)
+        generator.draw_fleet(0, range(meters))
         return (time.process_time() - started) / meters
 
     row("fleet", f"{statistics.median(drawn() for _ in range(RUNS)) * 1e6:.2f} µs a meter")

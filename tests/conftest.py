@@ -10,7 +10,7 @@ import time
 import urllib.request
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
@@ -27,21 +27,21 @@ def environment(**more: str) -> dict[str, str]:
     """Return the environment of a machine without an account and outside of any engine."""
     drop = ("GOOGLE_", "STORAGE_", "CLOUDSDK_", "BATCH_TASK_", "CLOUD_RUN_", "JOB_COMPLETION_", "SLURM_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
-    return {**kept, "NO_GCE_CHECK": "true", "HOME": "/nonexistent", **more}
+    return {**kept, "NO_GCE_CHECK": "true", "HOME": "/nonexistent", "COLUMNS": "80", **more}
 
 
-def start(*args: Any, **env: str) -> subprocess.Popen[str]:
+def start(*args: Any, prefix: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
     """Start the command line in a process of its own."""
-    command = [sys.executable, str(ROOT / "generator.py"), *map(str, args)]
+    command = [*prefix, sys.executable, str(ROOT / "generator.py"), *map(str, args)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, env=environment(**env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
     )
 
 
-def wattif(*args: Any, **env: str) -> subprocess.CompletedProcess[str]:
+def wattif(*args: Any, prefix: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command line and wait for its end."""
-    with start(*args, **env) as process:
+    with start(*args, prefix=prefix, **env) as process:
         try:
             out, err = process.communicate(timeout=120)
         finally:
@@ -56,6 +56,14 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
     return result
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 def files_below(directory: Path) -> dict[str, bytes]:
@@ -76,9 +84,9 @@ def expected(tmp_path: Path) -> Any:
     return make
 
 
-def upload(server: Server, *args: Any, **env: str) -> subprocess.CompletedProcess[str]:
+def upload(server: Server, *args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line against a server, which must find nothing wrong with any request."""
-    done = wattif("--bucket", "a-bucket", *args, STORAGE_EMULATOR_HOST=server.url, **env)
+    done = wattif("--bucket", "a-bucket", *args, STORAGE_EMULATOR_HOST=server.url, **more)
     assert not server.problems
     return done
 

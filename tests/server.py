@@ -193,7 +193,9 @@ class Server:
             request = Request(len(self.requests), method, unquote(parts.path), query, headers, name)
             self.requests.append(request)
         fault = self.fault(request)
-        if fault == "reset":
+        if fault == "stall":
+            self.closing.wait()
+        if fault in ("reset", "stall"):
             raise Hangup
         with connection.body(start, length) as body:
             if isinstance(fault, int):
@@ -203,9 +205,6 @@ class Server:
         connection.done(start + length)
         if self.delay:
             self.closing.wait(self.delay)
-        if fault == "stall":
-            self.closing.wait()
-            raise Hangup
         reply = connection.answer(status, json.dumps(answer).encode(), extra)
         if fault == "cut":
             connection.sock.sendall(reply[: len(reply) - 20])
@@ -257,11 +256,16 @@ class Server:
             return 200, self.listing(request), ""
         return 404, {"error": {"message": f"{request.method} {request.path}"}}, ""
 
+    @staticmethod
+    def crc32c(content: bytes) -> str:
+        """Write the checksum of a content as Cloud Storage does."""
+        return base64.b64encode(google_crc32c.Checksum(content).digest()).decode()
+
     def store(self, upload: Upload, content: memoryview, size: int) -> tuple[int, dict[str, Any], str]:
         """Store an object whose content is what the client says it is."""
         crc32c = upload.crc32c
         if self.keep:
-            crc32c = base64.b64encode(google_crc32c.Checksum(bytes(content)).digest()).decode()
+            crc32c = self.crc32c(bytes(content))
             if upload.crc32c not in ("", crc32c):
                 self.problems.append(f"{upload.name}: CRC32C {crc32c} is not the {upload.crc32c} announced")
                 return 400, {"error": {"message": "crc32c"}}, ""

@@ -119,21 +119,21 @@ def test_the_seed_determines_fleet_and_readings(tmp_path: Path) -> None:
 
 
 def test_a_larger_fleet_begins_with_the_smaller_one() -> None:
-    large = generator.draw_fleet(7, 0, 5000)
-    assert generator.draw_fleet(7, 0, 1234) == large[:1234]
+    large = generator.draw_fleet(7, range(5000))
+    assert generator.draw_fleet(7, range(1234)) == large[:1234]
     assert len(set(large)) == 5000
-    assert generator.draw_fleet(8, 0, 5000) != large
+    assert generator.draw_fleet(8, range(5000)) != large
 
 
 def test_a_slice_of_the_fleet_is_drawn_without_the_blocks_before_it() -> None:
     block = generator.BLOCK_METERS
     last = 65_535 * block
-    assert generator.draw_fleet(7, last + 5, last + 9) == generator.draw_fleet(7, last, last + 9)[5:]
-    assert all(generator.meter_id(address).startswith("02FFFF") for address in generator.draw_fleet(7, last, last + 9))
-    whole = generator.draw_fleet(7, 0, block + 10)
+    assert generator.draw_fleet(7, range(last + 5, last + 9)) == generator.draw_fleet(7, range(last, last + 9))[5:]
+    assert all(f"{address:012X}".startswith("02FFFF") for address in generator.draw_fleet(7, range(last, last + 9)))
+    whole = generator.draw_fleet(7, range(block + 10))
     assert len(whole) == len(set(whole)) == block + 10 and whole.itemsize == 8
-    assert generator.draw_fleet(7, block - 3, block + 3) == whole[block - 3 : block + 3]
-    assert [generator.meter_id(address)[:6] for address in whole[block - 1 : block + 1]] == ["020000", "020001"]
+    assert generator.draw_fleet(7, range(block - 3, block + 3)) == whole[block - 3 : block + 3]
+    assert [f"{address:012X}"[:6] for address in whole[block - 1 : block + 1]] == ["020000", "020001"]
 
 
 def test_a_meter_stamped_after_one_of_another_block_is_whole() -> None:

@@ -1,0 +1,329 @@
+"""Nothing is lost: interruptions, a misbehaving server or disk. The end is always the same set of objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from conftest import DAYS, children_of, contents, files_below, start, until, upload, wattif
+from server import Request, Server
+
+SMALL = (*DAYS, "--interval", "3600", "--meters", "60", "--batch-size", "10")
+
+
+def spool(temp_dir: Path) -> list[Path]:
+    """What lies in a temp directory."""
+    return [path for path in temp_dir.rglob("*") if not path.is_dir()]
+
+
+def begin(server: Server, temp_dir: Path, *flags: Any) -> subprocess.Popen[str]:
+    """Start an upload that is still under way after its first objects."""
+    bucket = ("--bucket", "a-bucket", "--temp-dir", temp_dir)
+    process = start(*bucket, *flags, STORAGE_EMULATOR_HOST=server.url)
+    until(lambda: len(server.objects) > 15)
+    return process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_batches_finish_and_resume_goes_on(
+    expected: Callable[..., dict], tmp_path: Path, processes: int, number: int, status: int
+) -> None:
+    flags = (*SMALL, "--processes", processes)
+    with Server(delay=0.05) as server:
+        with begin(server, tmp_path / "temp", *flags, "--transfer-workers", 2) as process:
+            process.send_signal(number)
+            _, report = process.communicate(timeout=30)
+        assert process.returncode == status and "--resume goes on where this run ended" in report
+        assert 15 < len(server.objects) < 120 and not spool(tmp_path)
+        assert f"{len(server.objects)} objects, " in report and "0 failed" in report
+        server.delay = 0
+        assert upload(server, "--temp-dir", tmp_path / "temp", *flags, "--resume").returncode == 0
+    assert contents(server) == expected(*SMALL)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_signal_stops_at_once(tmp_path: Path, processes: int) -> None:
+    with Server(fault=lambda request: "stall" if request.number > 20 else None) as server:
+        with begin(server, tmp_path, *SMALL, "--processes", processes) as process:
+            until(lambda: len(server.requests) > 25)
+            children = children_of(process.pid)
+            process.send_signal(signal.SIGTERM)
+            assert any("stopping: " in line for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 130
+            until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+@pytest.mark.parametrize("victim", ["parent", "child", "everything"])
+def test_after_kill_9_resume_completes(expected: Callable[..., dict], tmp_path: Path, victim: str) -> None:
+    flags = (*SMALL, "--processes", 2)
+    temp = tmp_path / "temp"
+    wanted = expected(*SMALL)
+    with Server(delay=0.05) as server:
+        with begin(server, temp, *flags, "--transfer-workers", 2) as process:
+            children = children_of(process.pid)
+            for pid in {"parent": [process.pid], "child": children[:1], "everything": [*children, process.pid]}[victim]:
+                os.kill(pid, signal.SIGKILL)
+            process.communicate(timeout=30)
+            assert process.returncode == (1 if victim == "child" else -9)
+            until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+        assert contents(server).items() <= wanted.items()
+        server.delay = 0
+        done = upload(server, "--temp-dir", temp, *flags, "--resume")
+    assert done.returncode == 0 and contents(server) == wanted and not spool(temp)
+
+
+def test_an_unfinished_file_has_another_name_and_is_cleared(tmp_path: Path) -> None:
+    # A file-size limit ends the write in the middle, as a kill would; the limit itself only makes write() fail.
+    limit = 500_000
+    resource_limit = ("prlimit", f"--fsize={limit}:{limit}")
+    run = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", "3", "--processes", "1")
+    out = tmp_path / "out"
+    done = wattif(*run, "--output-dir", out, prefix=resource_limit)
+    assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert not spool(out)
+    with Server() as server:
+        left = tmp_path / ".wattif-spool" / "dt=2023-01-01"
+        left.mkdir(parents=True)
+        for name in ("020000ABCDEF.ndjson", ".020000ABCDEF.ndjson.77.part"):
+            (left / name).write_bytes(b"half")
+        assert upload(server, *run, "--temp-dir", tmp_path, prefix=resource_limit).returncode == 1
+        assert not server.objects
+        assert upload(server, *run, "--temp-dir", tmp_path).returncode == 0
+    assert len(server.objects) == 3 and list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_not_wattifs_stays(tmp_path: Path) -> None:
+    mine = tmp_path / ".wattif-spool" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with Server() as server:
+        done = upload(server, *SMALL, "--temp-dir", tmp_path)
+    assert done.returncode == 2 and "is not WattIf's: move it away" in done.stderr and mine.read_text() == "mine"
+    assert not server.requests
+
+
+def test_a_symbolic_link_in_the_temp_directory_is_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "dt=2024-01-01"
+    mine.mkdir(parents=True)
+    (mine / "020000ABCDEF.ndjson").write_text("mine")
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    with Server() as server:
+        for link, target in ((".wattif-spool", tmp_path / "mine"), (".wattif-spool/dt=2024-01-01", mine)):
+            (temp / link).parent.mkdir(exist_ok=True)
+            (temp / link).symlink_to(target)
+            done = upload(server, *SMALL, "--temp-dir", temp)
+            assert done.returncode in (1, 2) and "--temp-dir" in done.stderr and "Traceback" not in done.stderr
+            assert (mine / "020000ABCDEF.ndjson").read_text() == "mine"
+            (temp / link).unlink()
+
+
+def test_two_runs_on_one_temp_directory(tmp_path: Path) -> None:
+    with Server(delay=0.05) as server:
+        with begin(server, tmp_path, *SMALL, "--transfer-workers", 1) as process:
+            done = upload(server, *SMALL, "--temp-dir", tmp_path)
+            assert done.returncode == 1 and f"is in use by process {process.pid}" in done.stderr
+            assert upload(server, *SMALL, "--temp-dir", tmp_path / "other", "--start", "2024-01-02").returncode == 0
+            process.kill()
+            until(lambda: not children_of(process.pid) and process.wait() is not None)
+        server.delay = 0
+        until(lambda: upload(server, *SMALL, "--temp-dir", tmp_path).returncode == 0)  # once the children are gone
+    assert len(server.objects) == 120
+
+
+FAULTS = [429, 500, 502, 503, 504, 408, "reset", "cut"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_passing_fault_is_retried(expected: Callable[..., dict], tmp_path: Path, fault: Any) -> None:
+    flags = (*SMALL, "--processes", 1)
+    with Server(fault=lambda request: fault if request.number in (3, 4, 30) else None) as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["retries"] == 3 and report["objects_done"] == 120
+    assert report["throttled_answers"] == (3 if fault in (429, 503) else 0)
+    assert report["answers"].get(str(fault), 0) == (3 if isinstance(fault, int) else 0)
+    assert report["unanswered_requests"] == (3 if fault == "reset" else 0)
+    assert contents(server) == expected(*SMALL)
+
+
+def test_a_stalled_request_times_out_and_is_retried(expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = (*SMALL, "--processes", 1, "--retry-timeout", 6)
+    with Server(fault=lambda request: "stall" if request.number == 30 else None) as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp")
+    assert done.returncode == 0 and "1 requests without one" in done.stderr, done.stderr
+    assert contents(server) == expected(*SMALL)
+
+
+def test_an_object_that_never_arrives_does_not_keep_the_others(expected: Callable[..., dict], tmp_path: Path) -> None:
+    wanted = expected(*SMALL)
+    cursed = sorted(wanted)[5]
+    with Server(fault=lambda request: 503 if request.name == cursed else None) as server:
+        done = upload(server, *SMALL, "--retry-timeout", 2, "--temp-dir", tmp_path / "temp")
+        assert done.returncode == 1 and f"{cursed}: HTTP 503: scripted" in done.stderr
+        assert contents(server) == {name: content for name, content in wanted.items() if name != cursed}
+        server.fault = lambda request: None
+        assert upload(server, *SMALL, "--resume", "--temp-dir", tmp_path / "temp").returncode == 0
+    assert contents(server) == wanted and not spool(tmp_path / "temp")
+
+
+@pytest.mark.parametrize("fault", ["down", 503, "stall"])
+def test_an_endpoint_that_is_down_ends_the_run_in_time(tmp_path: Path, fault: Any) -> None:
+    server = Server(fault=lambda request: fault)
+    with server if fault != "down" else Server() as served:
+        url = "http://127.0.0.1:1" if fault == "down" else served.url
+        flags = ("--bucket", "a-bucket", "--retry-timeout", 2, "--batch-size", 100, "--meters", 1000)
+        started = time.monotonic()
+        done = wattif(*SMALL, *flags, "--temp-dir", tmp_path, STORAGE_EMULATOR_HOST=url)
+        elapsed = time.monotonic() - started
+    assert done.returncode == 1 and "error: nothing arrives in gs://a-bucket any more" in done.stderr
+    assert elapsed < 60  # and not 100 / 16 times as long as each request may take, for each of 20 batches
+    assert "Traceback" not in done.stderr
+
+
+def test_a_resumable_upload_survives_faults(expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 60, "--meters-per-file", 30, "--processes", 1)
+    with Server(fault=lambda request: {1: 503, 3: "reset", 5: 429}.get(request.number)) as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp")
+    assert done.returncode == 0, done.stderr
+    assert contents(server) == expected(*flags)
+
+
+def test_a_full_disk_ends_the_run(expected: Callable[..., dict], tmp_path: Path) -> None:
+    # The limit on a file's size stands for the disk: write() fails in the same place, with another reason.
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 30, "--processes", 1)
+    full = Path("/dev/shm") / f"wattif-{os.getpid()}"
+    with Server(delay=0.02) as server:
+        seen = []
+
+        def fill(request: Request) -> None:
+            if not seen:  # take the spool away from under the run
+                seen.append(request.name)
+                (tmp_path / ".wattif-spool" / "dt=2024-01-01").rename(tmp_path / "elsewhere")
+
+        server.fault = fill
+        done = upload(server, *flags, "--temp-dir", tmp_path, "--batch-size", 10, "--transfer-workers", 1)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "error: " in done.stderr and not full.exists()
+        wanted = expected(*flags)
+        assert contents(server).items() <= wanted.items()
+        assert f"{len(server.objects)} objects, " in done.stderr
+        server.fault = lambda request: None
+        assert upload(server, *flags, "--temp-dir", tmp_path, "--resume").returncode == 0
+    assert contents(server) == wanted
+
+
+def test_a_file_that_disappears_before_its_upload(expected: Callable[..., dict], tmp_path: Path) -> None:
+    removed: list[Path] = []
+
+    def remove(request: Request) -> None:
+        for path in sorted((tmp_path / ".wattif-spool").glob("dt=*/*.ndjson"))[-1:]:
+            if not removed and path.name not in request.name:
+                path.unlink()
+                removed.append(path)
+
+    flags = (*SMALL, "--processes", 1, "--transfer-workers", 1, "--temp-dir", tmp_path)
+    with Server(delay=0.01, fault=remove) as server:
+        done = upload(server, *flags)
+        assert (
+            done.returncode == 1 and f"{removed[0]}: FileNotFoundError" in done.stderr and "; 1 failed" in done.stderr
+        )
+        server.fault = lambda request: None
+        assert upload(server, *flags, "--resume").returncode == 0
+    assert contents(server) == expected(*SMALL)
+
+
+def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = ("--start", "2024-01-01", "--end", "2024-01-02", "--meters", 40, "--interval", 60, "--processes", 2)
+    temp, peak = tmp_path / "temp", [0]
+
+    def look(request: Request) -> None:
+        used = 0
+        for path in (temp / ".wattif-spool").glob("dt=*/*"):
+            try:
+                used += path.lstat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+        peak[0] = max(peak[0], used)
+
+    with Server(delay=0.01, fault=look) as server:
+        done = upload(server, *flags, "--temp-dir", temp, "--max-disk", "1MB")
+    assert done.returncode == 0 and 500_000 < peak[0] <= 1_000_000
+    assert contents(server) == expected(*flags)
+    for size, processes in (("200kB", 1), ("0.3MB", 2)):  # a file takes 115 kB
+        assert f"processes    {processes}" in wattif(*flags, "--max-disk", size, "--dry-run").stderr
+    for size in ("100kB", "0", "-1", "1XB", "1iB", "GB", "1e9", "9" * 30):
+        done = wattif(*flags, "--max-disk", size, "--dry-run")
+        assert done.returncode == 2 and "--max-disk" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    modes: set[int] = set()
+
+    def look(request: Request) -> None:
+        for path in [*(tmp_path / "temp").rglob("*")]:
+            try:
+                modes.add(path.lstat().st_mode & 0o777)
+            except FileNotFoundError:
+                continue
+
+    with Server(fault=look) as server:
+        assert upload(server, *SMALL, "--temp-dir", tmp_path / "temp").returncode == 0
+    assert modes == {0o700, 0o600}
+    assert wattif(*SMALL, "--output-dir", tmp_path / "out").returncode == 0
+    assert {path.stat().st_mode & 0o777 for path in spool(tmp_path / "out")} == {0o666 & ~umask()}
+
+
+def umask() -> int:
+    """The process's umask."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_hostile_directories_are_directories_like_others(tmp_path: Path) -> None:
+    for name in ("a\nb", "\x1b[31m", "ü ñ", "-x", "a'b\"c", "%s{}"):
+        done = wattif(*SMALL, "--output-dir", tmp_path / name)
+        assert done.returncode == 0 and len(files_below(tmp_path / name)) == 120
+        assert "\x1b" not in done.stderr and "a\nb" not in done.stderr
+        with Server() as server:
+            assert upload(server, *SMALL, "--temp-dir", tmp_path / name / "temp").returncode == 0
+            assert len(server.objects) == 120
+
+
+def test_a_soak_of_faults_a_kill_and_a_resume(expected: Callable[..., dict], tmp_path: Path) -> None:
+    flags = ("--start", "2024-01-01", "--end", "2024-01-04", "--interval", 7200, "--meters", 500, "--processes", 3)
+    kinds = [429, 500, 502, 503, 504, "reset", "cut"]
+    draw = random.Random(1)
+    script = [draw.choice(kinds) if draw.random() < 0.1 else None for _ in range(10_000)]
+    lock = threading.Lock()
+    asked = [0]
+
+    def fault(request: Request) -> Any:
+        with lock:
+            asked[0] += 1
+            return script[asked[0] % len(script)]
+
+    temp = tmp_path / "temp"
+    with Server(fault=fault, page=100) as server:
+        with start("--bucket", "a-bucket", "--temp-dir", temp, *flags, STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: len(server.objects) > 700)
+            os.kill(children_of(process.pid)[1], signal.SIGKILL)
+            process.communicate(timeout=100)
+        assert process.returncode == 1 and len(server.objects) < 2000
+        done = upload(server, "--temp-dir", temp, *flags, "--resume")
+        assert done.returncode == 0, done.stderr
+        assert upload(server, "--temp-dir", temp, *flags, "--verify").returncode == 0
+    assert contents(server) == expected(*flags) and len(server.objects) == 2000 and not spool(temp)

@@ -1,0 +1,162 @@
+"""Resume and verify: what is there already, in a bucket and in a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import generator
+from conftest import DAYS, contents, files_below, upload, wattif
+from server import Server, StoredObject
+
+SMALL = (*DAYS, "--interval", "3600", "--processes", "2")
+KINDS = [(), ("--meters-per-file", 4), ("--gzip",), ("--gzip", "--meters-per-file", 4)]
+
+
+def listings(server: Server) -> list[Any]:
+    """The requests that list."""
+    return [request for request in server.requests if request.method == "GET"]
+
+
+def damage(server: Server, name: str, content: bytes) -> None:
+    """Put other content in an object's place."""
+    server.objects[name] = StoredObject(len(content), server.crc32c(content), "", content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_makes_only_what_is_missing(expected: Callable[..., dict], tmp_path: Path, kind: tuple) -> None:
+    flags = (*SMALL, "--meters", 30, *kind, "--temp-dir", tmp_path / "temp")
+    wanted = expected(*SMALL, "--meters", 30, *kind)
+    names = sorted(wanted)
+    with Server(page=7) as server:
+        assert upload(server, *flags).returncode == 0
+        missing = [names[1], names[len(names) // 2], names[-1]]
+        for name in missing:
+            del server.objects[name]
+        if "--gzip" not in kind:
+            missing.append(names[2])
+            damage(server, names[2], wanted[names[2]][:-79])  # another size
+        server.requests.clear()
+        done = upload(server, *flags, "--resume")
+        assert done.returncode == 0, done.stderr
+        assert sorted(request.name for request in server.requests if request.name) == sorted(missing)
+        assert f"{len(missing)} objects" in done.stderr and f"{len(names) - len(missing)} skipped" in done.stderr
+        assert contents(server) == wanted
+        server.page = 1000
+        server.requests.clear()
+        assert upload(server, *flags, "--resume", "--processes", 1).returncode == 0
+        assert len(server.requests) == 2  # one listing for each day and nothing else
+        assert all(request.query["fields"] == "items(name,size,crc32c),nextPageToken" for request in server.requests)
+
+
+def test_a_slice_lists_only_its_range_of_names(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 40, "--meters-per-file", 2, "--temp-dir", tmp_path, "--processes", 1)
+    with Server() as server:
+        assert upload(server, *flags).returncode == 0
+        server.requests.clear()
+        assert upload(server, *flags, "--resume", "--task-index", 1, "--task-count", 4).returncode == 0
+        assert upload(server, *flags, "--resume", "--task-index", 1, "--task-count", 4).stderr.count("10 skipped") == 1
+    prefix = "dt=2024-01-01/meters-"
+    assert server.requests[0].query["startOffset"] == f"{prefix}000000010"
+    assert server.requests[0].query["endOffset"] == f"{prefix}000000020"
+
+
+def test_resume_of_local_files(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 30, "--output-dir", tmp_path)
+    assert wattif(*flags).returncode == 0
+    wanted = files_below(tmp_path)
+    names = sorted(wanted)
+    (tmp_path / names[3]).unlink()
+    (tmp_path / names[40]).write_bytes(b"half")
+    kept = (tmp_path / names[5]).stat().st_mtime_ns
+    done = wattif(*flags, "--resume")
+    assert done.returncode == 0 and "2 objects" in done.stderr and "58 skipped" in done.stderr
+    assert files_below(tmp_path) == wanted and (tmp_path / names[5]).stat().st_mtime_ns == kept
+
+
+def test_a_role_that_only_creates_is_told_to_resume(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 10, "--temp-dir", tmp_path)
+    with Server() as server:
+        server.fault = lambda request: 403 if request.name in server.objects else None
+        assert upload(server, *flags).returncode == 0
+        done = upload(server, *flags)
+        assert done.returncode == 1 and "--resume skips what is there" in done.stderr
+        assert upload(server, *flags, "--resume").returncode == 0
+
+
+def test_a_bucket_that_cannot_be_listed_ends_the_run(tmp_path: Path) -> None:
+    for flag in ("--resume", "--verify"):
+        with Server(fault=lambda request: 404) as server:
+            done = upload(server, *SMALL, "--meters", 10, "--temp-dir", tmp_path, flag)
+        assert done.returncode == 1 and "error: there is no bucket gs://a-bucket" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [1, 3])
+def test_verify_finds_what_is_missing_different_and_unexpected(tmp_path: Path, kind: tuple, processes: int) -> None:
+    flags = (*SMALL, "--meters", 30, *kind, "--temp-dir", tmp_path / "temp", "--processes", processes)
+    with Server(page=7) as server:
+        assert upload(server, *flags).returncode == 0
+        done = upload(server, *flags, "--verify")
+        assert done.returncode == 0 and "0 missing, 0 different, 0 unexpected" in done.stderr, done.stderr
+        names = sorted(server.objects)
+        del server.objects[names[0]]
+        content = bytearray(server.objects[names[3]].content)
+        content[-5] ^= 1  # the same size
+        damage(server, names[3], bytes(content))
+        strange = [
+            "dt=2024-01-01/020000ABCDEF.ndjson.bak",
+            "dt=2024-01-02/a\nname",
+            "dt=2024-01-02/zz/z",
+            names[0] + ".part",
+        ]
+        for name in strange:
+            damage(server, name, b"")
+        damage(server, "dt=2024-01-03/020000ABCDEF.ndjson", b"")  # another day
+        before = dict(server.objects)
+        done = upload(server, *flags, "--verify")
+    assert done.returncode == 1 and "1 missing, 1 different, 4 unexpected" in done.stderr
+    assert f"missing: {names[0]}\n" in done.stderr and f"different: {names[3]}\n" in done.stderr
+    assert f"unexpected: {strange[0]}\n" in done.stderr and "unexpected: dt=2024-01-02/a\\nname\n" in done.stderr
+    assert server.objects == before and not (tmp_path / "temp").joinpath(".wattif-spool").exists()
+
+
+def test_verify_of_tasks_knows_the_meters_of_the_others(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 30, "--temp-dir", tmp_path)
+    with Server() as server:
+        assert upload(server, *flags).returncode == 0
+        damage(server, "dt=2024-01-01/020000ABCDEF.ndjson", b"")
+        reports = [upload(server, *flags, "--verify", "--task-index", index, "--task-count", 3) for index in range(3)]
+    assert [done.returncode for done in reports] == [1, 0, 0]
+    assert "1 unexpected" in reports[0].stderr and all("20 objects" in done.stderr for done in reports)
+
+
+def test_verify_of_a_slice_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With blocks of eight meters, 20 meters are three blocks, and slices begin and end inside of them.
+    monkeypatch.setattr(generator, "BLOCK_METERS", 8)
+    flags = [*SMALL, "--meters", "20", "--output-dir", str(tmp_path)]
+    assert generator.main([*flags, "--processes", "3"]) == 0
+    assert len(files_below(tmp_path)) == 40
+    for index in range(4):
+        assert generator.main([*flags, "--verify", "--task-index", str(index), "--task-count", "4"]) == 0
+    (tmp_path / "dt=2024-01-02" / "020001FFFFFF.ndjson").touch()
+    verdicts = [generator.main([*flags, "--verify", "--task-index", str(i), "--task-count", "4"]) for i in range(4)]
+    assert sum(verdicts) == 1
+    assert generator.main([*flags, "--verify", "--processes", "3"]) == 1
+
+
+def test_verify_of_local_files(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 12, "--output-dir", tmp_path)
+    assert wattif(*flags).returncode == 0 and wattif(*flags, "--verify").returncode == 0
+    names = sorted(files_below(tmp_path))
+    (tmp_path / names[1]).unlink()
+    with (tmp_path / names[2]).open("r+b") as file:
+        file.write(b"[")
+    (tmp_path / "dt=2024-01-02" / "notes").touch()
+    done = wattif(*flags, "--verify")
+    assert done.returncode == 1 and "1 missing, 1 different, 1 unexpected" in done.stderr
+    assert wattif(*DAYS, "--output-dir", tmp_path / "nowhere", "--verify", "--meters", 2).returncode == 1
+    assert not (tmp_path / "nowhere").exists()
