@@ -1,0 +1,211 @@
+"""What a person and a program are told: the live line, the report, JSON, the limiter."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import generator
+from conftest import DAYS, ROOT, environment, start, until, upload, wattif
+from server import Request, Server
+
+SMALL = (*DAYS, "--interval", "3600", "--meters", "150", "--batch-size", "10")
+ERASE = "\r\x1b[K"
+
+
+def on_a_terminal(columns: int, *args: Any, **env: str) -> str:
+    """Run the command line with standard error on a pseudo-terminal and return what it wrote there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, str(ROOT / "generator.py"), *map(str, args)]
+    with subprocess.Popen(
+        command, env=environment(**env), stdin=theirs, stdout=subprocess.PIPE, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                chunk = os.read(ours, 65536)
+            except OSError:  # the last writer has gone
+                break
+            written += chunk
+        assert process.wait() == 0 and process.stdout.read() == b""
+    os.close(ours)
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 30])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_terminal_has_one_live_line(tmp_path: Path, columns: int, processes: int) -> None:
+    flags = ("--bucket", "a-bucket", "--temp-dir", tmp_path, "--processes", processes, "-v")
+    started = time.monotonic()
+    with Server(delay=0.03) as server:
+        screen = on_a_terminal(columns, *SMALL, *flags, STORAGE_EMULATOR_HOST=server.url)
+    elapsed = time.monotonic() - started
+    # What stands between two erasures and does not end its line is a live line, gone before the next thing is written.
+    live = [piece for piece in screen.split(ERASE) if piece and "\n" not in piece]
+    assert 3 <= len(live) <= 10 * elapsed + 1
+    assert all(len(line) < columns and re.match(r" *\d+%", line) for line in live)
+    assert any(re.search(r"\d+/300 objects", line) for line in live)
+    if columns == 80:
+        assert any(re.search(r"\[#+\.+\].* objects .*B/s .* left", line) for line in live)
+    lines = [piece for piece in screen.split(ERASE) if "\n" in piece]
+    assert all(piece.endswith("\r\n") and piece.count("\n") == 1 for piece in lines)  # none torn, nothing left behind
+    assert sum("uploaded" in line for line in lines) == (30 if processes == 1 else 32) and "\x1b" not in "".join(
+        lines + live
+    )
+
+
+def test_without_a_terminal_there_is_no_live_line(tmp_path: Path) -> None:
+    with Server(delay=0.03) as server:
+        done = upload(server, *SMALL, "--temp-dir", tmp_path)
+    assert done.returncode == 0 and "\r" not in done.stderr and "%" not in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_verbose_run_logs_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generator, "LOG_SECONDS", 0)
+    assert generator.main([*SMALL, "--output-dir", str(tmp_path), "-v"]) == 0
+    assert re.search(r"100%.*300/300 objects.*B/s", caplog.text)
+    caplog.clear()
+    assert generator.main([*SMALL, "--output-dir", str(tmp_path)]) == 0
+    assert "%" not in caplog.text
+
+
+KEYS = {
+    **dict.fromkeys(["mode", "destination"], str),
+    **dict.fromkeys(
+        ["exit_status", "readings", "bytes", "mean_bytes_per_second", "peak_bytes_per_second", "unanswered_requests"],
+        int,
+    ),
+    **dict.fromkeys([f"objects_{kind}" for kind in ("planned", "done", "skipped", "failed")], int),
+    **dict.fromkeys([f"objects_{kind}" for kind in ("missing", "different", "unexpected")], int),
+    **dict.fromkeys(["throttled_answers", "retries", "throughput_slot_seconds"], int),
+    **dict.fromkeys(["elapsed_seconds", "mean_objects_per_second", "peak_objects_per_second"], float),
+    **dict.fromkeys([f"latency_{q}_seconds" for q in ("p50", "p95", "p99", "max")], float),
+    "error": (str, type(None)),
+    "failures": list,
+    "answers": dict,
+    "throughput_bytes": list,
+}
+
+
+def report(done: Any) -> dict[str, Any]:
+    """Parse the line of JSON, which has the documented keys and types and nothing else."""
+    assert done.stdout.count("\n") == 1
+    parsed = json.loads(done.stdout)
+    assert set(parsed) == set(KEYS)
+    assert all(isinstance(parsed[key], kind) for key, kind in KEYS.items()), parsed
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{key}`" in readme or f"…_{key.split('_')[1]}_…" in readme for key in KEYS)
+    return parsed
+
+
+def test_json_reports_what_was_done(tmp_path: Path) -> None:
+    with Server(delay=0.05, fault=lambda request: 429 if request.number < 5 else None) as server:
+        made = report(upload(server, *SMALL, "--temp-dir", tmp_path, "--json"))
+        resumed = report(upload(server, *SMALL, "--temp-dir", tmp_path, "--json", "--resume"))
+        verified = report(upload(server, *SMALL, "--temp-dir", tmp_path, "--json", "--verify"))
+        repaired = report(wattif(*SMALL, "--output-dir", tmp_path / "out", "--json"))
+    assert made["objects_planned"] == made["objects_done"] == 300 and made["readings"] == 7200
+    assert made["bytes"] == 7200 * 79 and made["exit_status"] == 0 and made["error"] is None
+    assert made["answers"] == {"200": 300, "429": 5} and made["throttled_answers"] == made["retries"] == 5
+    assert 0.05 <= made["latency_p50_seconds"] <= made["latency_p99_seconds"] <= made["latency_max_seconds"]
+    assert sum(made["throughput_bytes"]) > made["bytes"]  # with the metadata of each object
+    assert resumed["objects_skipped"] == 300 and resumed["objects_done"] == 0
+    assert verified["mode"] == "verify" and verified["objects_done"] == 300
+    assert repaired["mode"] == "write" and repaired["answers"] == {} and repaired["latency_max_seconds"] == 0
+
+
+def test_json_reports_failed_and_interrupted_runs_too(tmp_path: Path) -> None:
+    with Server(fault=lambda request: 404) as server:
+        failed = report(upload(server, *SMALL, "--temp-dir", tmp_path, "--json"))
+    assert failed["exit_status"] == 1 and "there is no bucket" in failed["error"]
+    assert failed["objects_failed"] == len(failed["failures"]) > 0
+    with Server(delay=0.05) as server:
+        flags = ("--bucket", "a-bucket", "--temp-dir", tmp_path / "t", "--json", "--processes", 2)
+        with start(*SMALL, *flags, STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: server.objects)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=30)
+        done = subprocess.CompletedProcess([], process.returncode, out, err)
+        interrupted = report(done)
+        assert interrupted["exit_status"] == process.returncode == 143
+        assert interrupted["objects_done"] == len(server.objects) < 300
+
+
+def some_progress(*flags: str) -> Any:
+    """Make the progress of a run that is not done."""
+    args = generator.build_parser().parse_args(["--start", "2024-01-01", "--end", "2024-01-01", *flags])
+    return generator.Progress(generator.plan(args), False)
+
+
+def test_latencies_are_within_the_stated_error() -> None:
+    gauge = generator.Gauge(0.0, 60.0)
+    seconds = [0.001 * 1.1**exponent for exponent in range(100)]
+    for latency in seconds:
+        gauge.answers.append((200, latency, 0, 0))
+    progress = some_progress()
+    progress.update(gauge.drain())
+    for share, latency in ((0.5, seconds[49]), (0.95, seconds[94]), (0.99, seconds[98]), (1.0, seconds[99])):
+        assert progress.latency(share) == pytest.approx(latency, rel=0.025)
+    assert not gauge.answers
+
+
+def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = some_progress("--output-dir", "x")
+    now = [progress.started]
+    monkeypatch.setattr(generator.time, "monotonic", lambda: now[0])
+    for _ in range(10_000):
+        now[0] += 1.0
+        progress.update(generator.Outcome(Counter(bytes=7, objects=1)))
+    assert len(progress.slots) <= generator.SLOTS and sum(progress.slots) == 70_000
+    assert progress.slot_seconds == 256 and progress.peaks == (7, 1)
+    assert len(generator.sparkline(progress.slots)) == len(progress.slots)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rps_limit_paces_the_uploads(tmp_path: Path, processes: int) -> None:
+    limit, arrivals = 50, []
+
+    def note(request: Request) -> None:
+        arrivals.append(time.monotonic())
+
+    flags = ("--rps-limit", limit, "--processes", processes, "--temp-dir", tmp_path)
+    with Server(fault=note) as server:
+        done = upload(server, *DAYS, "--interval", "3600", "--meters", 76, *flags)
+    assert done.returncode == 0 and len(arrivals) == 152
+    steady = arrivals[2:]  # each process begins with one
+    rate = (len(steady) - 1) / (steady[-1] - steady[0])
+    assert 0.95 * limit <= rate <= 1.05 * limit
+    for begin in range(len(steady) - limit):  # evenly: no second has more, but for what two processes may add
+        assert steady[begin + limit] - steady[begin] >= 0.9
+
+
+def test_today_and_yesterday_are_utc_days() -> None:
+    before = datetime.now(timezone.utc).date()
+    done = wattif("--start", "yesterday", "--end", "today", "--dry-run")
+    after = datetime.now(timezone.utc).date()
+    plans = [f"days         {today - timedelta(days=1)} to {today}\n" for today in (before, after)]
+    assert done.returncode == 0 and any(plan in done.stderr for plan in plans)
+    done = wattif("--start", "today", "--end", "yesterday", "--dry-run")
+    assert done.returncode == 2 and "--end" in done.stderr
+    for rate in ("0", "-1", "x", "1e3", "inf", "nan"):
+        done = wattif(*DAYS, "--rps-limit", rate, "--dry-run")
+        assert done.returncode == 2 and "--rps-limit" in done.stderr and done.stderr.count("\n") == 1
