@@ -101,12 +101,8 @@ LOG_SECONDS = 30  # between progress lines where there is no terminal
 ERASE = "\r\x1b[K"  # the live line
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that names the flag and what to do."""
-
-
 class RunError(Exception):
-    """A run cannot begin; the message is one line."""
+    """What the user asked for cannot be done; the message is one line that names the flag and what to do."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +215,6 @@ class Run:
 def share(whole: range, index: int, count: int) -> range:
     """The index-th of `count` contiguous shares of a range, whose lengths differ by one at the most."""
     return whole[len(whole) * index // count : len(whole) * (index + 1) // count]
-
-
-def partition(day: date) -> str:
-    """Name the Hive partition of a day."""
-    return f"dt={day}"
 
 
 def file_name(run: Run, key: int) -> str:
@@ -347,19 +338,18 @@ class File(NamedTuple):
 class Outcome:
     """What became of some files; outcomes add up to that of the run."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    statuses: Counter[int] = field(default_factory=Counter)  # answers by HTTP status
-    latencies: Counter[int] = field(default_factory=Counter)  # answers by LATENCY_BASE's exponent
+    counts: Counter[Any] = field(default_factory=Counter)  # by kind, ("status", HTTP status) or ("latency", exponent)
     failures: list[str] = field(default_factory=list)
     fatal: str = ""
 
     def add(self, other: Outcome) -> None:
         """Add what became of other files. Where neither can go on, the first reason stands."""
         self.counts.update(other.counts)
-        self.statuses.update(other.statuses)
-        self.latencies.update(other.latencies)
         self.failures.extend(other.failures)
         self.fatal = self.fatal or other.fatal
+
+
+Report = Callable[[Outcome], None]
 
 
 def batch_contents(run: Run, day: date, template: bytes, batch: Sequence[File]) -> Iterator[Iterable[Any]]:
@@ -399,7 +389,7 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
 def write_batch(run: Run, day: date, template: bytes, batch: Sequence[File]) -> tuple[list[int], str]:
     """Write the files of a batch; return the sizes of those that are whole and, if the disk refused, its reason."""
     started = time.perf_counter()
-    folder = os.path.join(run.directory, partition(day))
+    folder = os.path.join(run.directory, f"dt={day}")
     sizes: list[int] = []
     try:
         os.makedirs(folder, mode=0o700 if run.bucket else 0o777, exist_ok=True)
@@ -418,7 +408,7 @@ def deliver_batch(
     """Wait until a batch is written, upload it if there is a bucket, delete what arrived, and count."""
     sizes, reason = written.result()
     started = time.perf_counter()
-    folder = os.path.join(run.directory, partition(day))
+    folder = os.path.join(run.directory, f"dt={day}")
     names = [file_name(run, file.key) for file in batch[: len(sizes)]]
     results = upload_files(run, bucket, day, folder, names) if bucket else [None] * len(names)
     outcome = Outcome(fatal=reason)
@@ -448,45 +438,39 @@ class Outage(Exception):
 
 @dataclass
 class Gauge:
-    """What the HTTP session of a process shares with its pipeline: answers in, pace and patience out."""
+    """What the HTTP session of a process shares with its pipeline: pace and patience in, answers out."""
 
     pace: float  # the least seconds between two uploads that begin
     patience: float  # --retry-timeout
-    answers: deque[tuple[int, float, int, int]] = field(default_factory=deque)  # status, seconds, bytes, objects
-    retries: deque[None] = field(default_factory=deque)
+    answers: deque[Counter[Any]] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
     next_upload: float = 0.0
     failing_since: float = math.inf
 
     def wait_for_turn(self) -> None:
         """Let uploads begin evenly, none earlier than its turn."""
-        if self.pace:
-            with self.lock:
-                self.next_upload = max(self.next_upload + self.pace, time.monotonic())
-                turn = self.next_upload
-            time.sleep(max(0.0, turn - time.monotonic()))
+        with self.lock:
+            self.next_upload = max(self.next_upload + self.pace, time.monotonic())
+            turn = self.next_upload
+        time.sleep(max(0.0, turn - time.monotonic()))
 
-    def note(self, status: int, started: float, request: Any = None) -> None:
-        """Note an answer, or with status 0 that there was none, and what it says of a request that uploads."""
-        body = len(request.body or b"") if request is not None and status in (200, 308) else 0
-        arrived = status == 200 and body and "uploadType=resumable" not in request.url.split("&upload_id=")[0]
-        self.answers.append((status, time.monotonic() - started, body, int(bool(arrived))))
-        if status and status < 500 and status != 429:
-            self.failing_since = math.inf
-        else:
-            self.failing_since = min(self.failing_since, started)
+    def note(self, request: Any, started: float, status: int = 0, seconds: float = 0.0) -> None:
+        """Note how a request that began at a time was answered; status 0 stands for not at all."""
+        answer = Counter({("status", status): 1})
+        if status:
+            answer["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] = 1
+        if status in (200, 308) and request.body:
+            whole = request.method == "PUT" or "uploadType=multipart" in request.url
+            answer.update(sent_bytes=len(request.body), arrived=int(whole and status == 200))
+        self.answers.append(answer)
+        failing = status in (0, 429) or status >= 500
+        self.failing_since = min(self.failing_since, started) if failing else math.inf
 
     def drain(self) -> Outcome:
         """Return what was noted since the last time."""
         outcome = Outcome()
-        while self.retries:
-            self.retries.pop()
-            outcome.counts["retries"] += 1
         while self.answers:
-            status, seconds, sent_bytes, arrived = self.answers.popleft()
-            outcome.statuses[status] += 1
-            outcome.counts.update(sent_bytes=sent_bytes, arrived=arrived)
-            outcome.latencies[round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += bool(status)
+            outcome.counts.update(self.answers.popleft())
         return outcome
 
 
@@ -504,30 +488,26 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
 
     class GaugedAdapter(HTTPAdapter):
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-            started = time.monotonic()
-            if started - gauge.failing_since > gauge.patience:
+            if time.monotonic() - gauge.failing_since > gauge.patience:
                 raise Outage(f"nothing was accepted for {gauge.patience:.0f} s")
             if request.body and request.body is getattr(last, "body", None):
-                gauge.retries.append(None)
-            elif "uploadType=" in request.url:
+                gauge.answers.append(Counter(retries=1))
+            elif gauge.pace and request.method == "POST":
                 gauge.wait_for_turn()
-                started = time.monotonic()
-            last.body = request.body
+            last.body, last.started = request.body, time.monotonic()
             try:
                 return super().send(request, *args, **kwargs)
             except Exception:
-                gauge.note(0, started)
+                gauge.note(request, last.started)
                 raise
+
+    def note_answer(response: Any, **_: Any) -> None:
+        gauge.note(response.request, last.started, response.status_code, response.elapsed.total_seconds())
 
     client = storage.Client(project=None, credentials=credentials)
     session = client._http  # as the library's documentation does to widen the pool of connections
     for scheme in ("https://", "http://"):
         session.mount(scheme, GaugedAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
-
-    def note_answer(response: Any, **_: Any) -> None:
-        started = time.monotonic() - response.elapsed.total_seconds()
-        gauge.note(response.status_code, started, response.request)
-
     session.hooks["response"].append(note_answer)
     # With trust_env, requests looks for proxies, certificates and .netrc anew on every request.
     session.trust_env = bool(getproxies() or {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"} & set(os.environ))
@@ -551,7 +531,7 @@ def upload_files(run: Run, bucket: Bucket, day: date, folder: str, names: list[s
             bucket,
             names,
             source_directory=folder,
-            blob_name_prefix=f"{partition(day)}/",
+            blob_name_prefix=f"dt={day}/",
             blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
             upload_kwargs={"content_type": CONTENT_TYPES[run.gzip], **request_options(run)},
             worker_type=transfer_manager.THREAD,
@@ -633,7 +613,7 @@ def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
 
 def list_entries(run: Run, bucket: Bucket | None, day: date, first: str, last: str) -> Iterator[tuple[str, int, int]]:
     """Yield name, size and CRC32C of what is in a day's partition within a range of names, in order."""
-    prefix = f"{partition(day)}/"
+    prefix = f"dt={day}/"
     if bucket:
         fields = "items(name,size,crc32c),nextPageToken"
         found = bucket.client.list_blobs(
@@ -647,7 +627,7 @@ def list_entries(run: Run, bucket: Bucket | None, day: date, first: str, last: s
         for blob in found:
             yield blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
         return
-    folder = os.path.join(run.directory, partition(day))
+    folder = os.path.join(run.directory, f"dt={day}")
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
         if first <= name < last and not name.startswith("."):
@@ -666,17 +646,19 @@ def list_day(run: Run, bucket: Bucket | None, day: date, files: range) -> Listin
     try:
         for name, size, checksum in list_entries(run, bucket, day, first, last):
             match = re.fullmatch(pattern, name, re.DOTALL)
+            if not first <= name < last:  # not every emulator heeds the range
+                continue
             if match and file_name(run, int(match[1], base)) == name:
                 listing.keys.append(int(match[1], base))
                 listing.sizes.append(size)
                 listing.checksums.append(checksum)
-            elif first <= name < last:  # not every emulator heeds the range
+            else:
                 listing.strangers.append(name)
     except Exception as error:
         if not (isinstance(error, (OSError, Outage)) or type(error).__module__.startswith("google.")):
             raise
         reason = refusal(error, run) if bucket else ""
-        raise RunError(reason or f"cannot list {run.destination}/{partition(day)}: {explain(error)}") from None
+        raise RunError(reason or f"cannot list {run.destination}/dt={day}: {explain(error)}") from None
     return listing
 
 
@@ -710,9 +692,7 @@ class Slice:
         return indices
 
 
-def run_pipeline(
-    run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]
-) -> None:
+def run_pipeline(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
     """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
 
     `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
@@ -769,9 +749,7 @@ def run_pipeline(
     report(gauge.drain())
 
 
-def verify_slice(
-    run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]
-) -> None:
+def verify_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
     """Compare a slice of the destination with what a run would put there: names, sizes and CRC32C.
 
     Names that belong to no file are counted by the slice that can tell: where meters have files of their own, the
@@ -789,7 +767,7 @@ def verify_slice(
     for day in map(date.fromordinal, run.days):
         template = render_day_template(day, run.interval)
         listing = list_day(run, bucket, day, files)
-        unexpected = dict(zip(listing.keys, itertools.repeat(None)))
+        seen = bytearray(len(listing.keys))
         for start in range(0, len(files), run.batch_size):
             if stopping:
                 return
@@ -797,21 +775,24 @@ def verify_slice(
             batch = [*map(own.file, files[start : start + run.batch_size])]
             for file, content in zip(batch, batch_contents(run, day, template, batch)):
                 expected, found = measure(content), find(listing.keys, file.key)
-                unexpected.pop(file.key, None)
-                same = found >= 0 and expected == (listing.sizes[found], listing.checksums[found])
-                kind = "objects" if same else "different" if found >= 0 else "missing"
+                same, kind = False, "missing"
+                if found >= 0:
+                    seen[found] = 1
+                    same = expected == (listing.sizes[found], listing.checksums[found])
+                    kind = "objects" if same else "different"
                 outcome.counts[kind] += 1
                 if same:
                     outcome.counts.update(readings=run.rows * len(file.meters), bytes=expected[0])
                 else:
-                    outcome.failures.append(f"{kind}: {partition(day)}/{file_name(run, file.key)}")
+                    outcome.failures.append(f"{kind}: dt={day}/{file_name(run, file.key)}")
             report(outcome)
-        names = [*listing.strangers, *(file_name(run, key) for key in unexpected if find(others, key) < 0)]
-        names = [f"unexpected: {partition(day)}/{name}" for name in names if name >= first_told]
+        unknown = [key for key, known in zip(listing.keys, seen) if not known and find(others, key) < 0]
+        names = [*listing.strangers, *(file_name(run, key) for key in unknown)]
+        names = [f"unexpected: dt={day}/{name}" for name in names if name >= first_told]
         report(Outcome(Counter(unexpected=len(names)), failures=names))
 
 
-def run_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]) -> None:
+def run_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
     """Do or verify a slice; a destination that cannot be listed ends the run."""
     try:
         (verify_slice if run.verify else run_pipeline)(run, files, credentials, stopping, report)
@@ -883,11 +864,11 @@ def remove_empty(directory: str) -> None:
 
 
 def find_credentials() -> Any:
-    """Find the Application Default Credentials, or None for an emulator. Raises UsageError where there are none."""
+    """Find the Application Default Credentials, or None for an emulator. Raises RunError where there are none."""
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
         if not re.match("https?://[^/]", emulator):
-            raise UsageError("STORAGE_EMULATOR_HOST must begin with http:// or https://; with --bucket it is used")
+            raise RunError("STORAGE_EMULATOR_HOST must begin with http:// or https://; with --bucket it is used")
         return None
     import google.auth
     from google.auth.exceptions import GoogleAuthError
@@ -897,7 +878,7 @@ def find_credentials() -> Any:
     except (GoogleAuthError, OSError, ValueError, AttributeError) as error:
         where = "GOOGLE_APPLICATION_CREDENTIALS"
         named = f"{where}={os.environ[where]!r} is of no use" if where in os.environ else "there are none here"
-        raise UsageError(
+        raise RunError(
             f"--bucket needs Google credentials, and {named} ({explain(error)}): run 'gcloud auth application-default "
             "login', give the VM a service account, or keep the files with --output-dir"
         ) from None
@@ -939,7 +920,7 @@ def run_child(run: Run, files: range, credentials: Any, connection: Connection, 
     connection.send(None)
 
 
-def run_children(run: Run, credentials: Any, stopping: list[str], report: Callable[[Outcome], None]) -> None:
+def run_children(run: Run, credentials: Any, stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists."""
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
@@ -1016,10 +997,15 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
 # Reporting: standard error is for people, standard output for programs
 
 
+def on_terminal() -> bool:
+    """Say whether standard error is a terminal on which a line can be erased."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def say(line: str) -> None:
     """Tell a person one line, control characters escaped, in place of the live line if there is one."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
-    sys.stderr.write(f"{ERASE if sys.stderr.isatty() else ''}{shown}\n")
+    sys.stderr.write(f"{ERASE if on_terminal() else ''}{shown}\n")
     sys.stderr.flush()
 
 
@@ -1060,10 +1046,10 @@ class Progress:
         """Begin to count time."""
         self.run, self.as_json, self.total = run, as_json, Outcome()
         self.started = self.painted = self.logged = time.monotonic()
-        self.seconds: deque[tuple[int, int, int]] = deque(maxlen=RATE_SECONDS)  # second, bytes, objects
+        self.seconds: deque[list[int]] = deque(maxlen=RATE_SECONDS)  # of each that had any: second, bytes, objects
         self.slots: list[int] = []
         self.slot_seconds = 1
-        self.peaks = (0, 0)
+        self.peaks = [0, 0]
 
     def update(self, outcome: Outcome) -> None:
         """Add what became of some files, and show it if it is time to."""
@@ -1071,33 +1057,32 @@ class Progress:
         if self.run.verify:
             del self.total.failures[NAMED:]  # the counts tell how many there are
         now = time.monotonic()
-        second = int(now - self.started)
-        counts = outcome.counts
-        sent = (counts["sent_bytes"], counts["arrived"]) if self.run.bucket else (counts["bytes"], counts["objects"])
-        if any(sent):
+        kinds = ("sent_bytes", "arrived") if self.run.bucket else ("bytes", "objects")
+        size, objects = (outcome.counts[kind] for kind in kinds)
+        if size:
+            second = int(now - self.started)
             if not self.seconds or self.seconds[-1][0] != second:
-                self.seconds.append((second, 0, 0))
-            _, *before = self.seconds.pop()
-            so_far = (before[0] + sent[0], before[1] + sent[1])
-            self.seconds.append((second, *so_far))
-            self.peaks = (max(self.peaks[0], so_far[0]), max(self.peaks[1], so_far[1]))
+                self.seconds.append([second, 0, 0])
+            self.seconds[-1][1] += size
+            self.seconds[-1][2] += objects
+            self.peaks = [max(pair) for pair in zip(self.peaks, self.seconds[-1][1:])]
             while second // self.slot_seconds >= SLOTS:
                 self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
                 self.slot_seconds *= 2
             self.slots += [0] * (second // self.slot_seconds + 1 - len(self.slots))
-            self.slots[-1] += sent[0]
-        if sys.stderr.isatty() and now - self.painted >= TICK_SECONDS:
+            self.slots[-1] += size
+        if on_terminal() and now - self.painted >= TICK_SECONDS:
             self.painted = now
             sys.stderr.write(ERASE + self.live_line(os.get_terminal_size(sys.stderr.fileno()).columns - 1))
             sys.stderr.flush()
-        elif not sys.stderr.isatty() and now - self.logged >= LOG_SECONDS:
+        elif not on_terminal() and now - self.logged >= LOG_SECONDS:
             self.logged = now
             log.info("%s", self.live_line(200))
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is left out first."""
         counts, objects = self.total.counts, max(1, self.run.objects)
-        done = counts["objects"] + counts["skipped"] + counts["failed"] + counts["missing"] + counts["different"]
+        done = sum(counts[kind] for kind in ("objects", "skipped", "failed", "missing", "different"))
         elapsed = time.monotonic() - self.started
         recent = [entry for entry in self.seconds if entry[0] >= elapsed - RATE_SECONDS]
         rate = sum(entry[1] for entry in recent) / min(max(elapsed, 0.1), RATE_SECONDS)
@@ -1111,7 +1096,7 @@ class Progress:
             f"{counts['retries']:,} retries" if counts["retries"] else "",
         ]
         pieces = [piece for piece in pieces if piece]
-        while len("  ".join(pieces)) > width:
+        while pieces and len("  ".join(pieces)) > width:
             pieces.pop()
         room = min(30, width - len("  ".join(pieces)) - 4)
         if room >= 8:
@@ -1121,10 +1106,11 @@ class Progress:
 
     def latency(self, share: float) -> float:
         """Return the seconds within which a share of the answers came, with an error of 2.5% at the most."""
-        latencies, wanted = self.total.latencies, share * sum(self.total.latencies.values())
+        latencies = {key[1]: count for key, count in self.total.counts.items() if key[0] == "latency"}
+        wanted = share * sum(latencies.values())
         for exponent in sorted(latencies):
             wanted -= latencies[exponent]
-            if wanted <= 0 and latencies[exponent]:
+            if wanted <= 0:
                 return LATENCY_BASE**exponent
         return 0.0
 
@@ -1132,30 +1118,29 @@ class Progress:
         """Return the report for programs; keys and units are documented in the README."""
         counts, run = self.total.counts, self.run
         elapsed = max(time.monotonic() - self.started, 1e-3)
-        unit = min(elapsed, 1.0)  # a run shorter than a second has no second to be the peak
+        best = min(elapsed, 1.0)  # a run shorter than a second has no second to be the best one
+        statuses = {key[1]: counts[key] for key in sorted(key for key in counts if key[0] == "status")}
+        kinds = {"done": "objects", **{k: k for k in ("skipped", "failed", "missing", "different", "unexpected")}}
+        shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
         return {
             "mode": "verify" if run.verify else "upload" if run.bucket else "write",
             "destination": run.destination,
             "exit_status": status,
             "error": self.total.fatal or None,
             "objects_planned": run.objects,
-            **{f"objects_{k}": counts["objects" if k == "done" else k] for k in ("done", "skipped", "failed")},
-            **{f"objects_{kind}": counts[kind] for kind in ("missing", "different", "unexpected")},
+            **{f"objects_{name}": counts[kind] for name, kind in kinds.items()},
             "failures": self.total.failures,
             "readings": counts["readings"],
             "bytes": counts["bytes"],
             "elapsed_seconds": round(elapsed, 3),
             "mean_bytes_per_second": round(counts["bytes"] / elapsed),
             "mean_objects_per_second": round(counts["objects"] / elapsed, 3),
-            "peak_bytes_per_second": round(self.peaks[0] / unit),
-            "peak_objects_per_second": round(self.peaks[1] / unit, 3),
-            "latency_p50_seconds": round(self.latency(0.5), 6),
-            "latency_p95_seconds": round(self.latency(0.95), 6),
-            "latency_p99_seconds": round(self.latency(0.99), 6),
-            "latency_max_seconds": round(self.latency(1.0), 6),
-            "answers": {str(code): self.total.statuses[code] for code in sorted(self.total.statuses) if code},
-            "unanswered_requests": self.total.statuses[0],
-            "throttled_answers": self.total.statuses[429] + self.total.statuses[503],
+            "peak_bytes_per_second": round(self.peaks[0] / best),
+            "peak_objects_per_second": round(self.peaks[1] / best, 3),
+            **{f"latency_{name}_seconds": round(self.latency(share), 6) for name, share in shares.items()},
+            "answers": {str(code): count for code, count in statuses.items() if code},
+            "unanswered_requests": statuses.get(0, 0),
+            "throttled_answers": statuses.get(429, 0) + statuses.get(503, 0),
             "retries": counts["retries"],
             "throughput_bytes": self.slots,
             "throughput_slot_seconds": self.slot_seconds,
@@ -1176,7 +1161,7 @@ class Progress:
             say(f"stopped by {signal.Signals(number).name}; --resume goes on where this run ended")
         say(
             f"{counts['objects']:,} objects, {counts['readings']:,} readings, {in_bytes(counts['bytes'])} in "
-            f"{summary['elapsed_seconds']:.1f} s: {summary['mean_objects_per_second']:,.1f} objects/s, "
+            f"{summary['elapsed_seconds']:.2f} s: {summary['mean_objects_per_second']:,.1f} objects/s, "
             f"{counts['readings'] / summary['elapsed_seconds']:,.0f} readings/s, "
             f"{in_bytes(summary['mean_bytes_per_second'])}/s; "
             f"{counts['failed']:,} failed, {counts['skipped']:,} skipped"
@@ -1202,10 +1187,9 @@ class Progress:
 def sparkline(values: Sequence[int]) -> str:
     """Draw values as bars of eight heights, in ASCII where standard error has nothing else."""
     bars = "▁▂▃▄▅▆▇█"
-    with contextlib.suppress(UnicodeEncodeError):
-        bars.encode(sys.stderr.encoding)
-        return "".join(bars[value * 7 // max(values)] for value in values)
-    return "".join("_.-:=+*#"[value * 7 // max(values)] for value in values)
+    if bars.encode(sys.stderr.encoding, "ignore") == b"":
+        bars = "_.-:=+*#"
+    return "".join(bars[value * 7 // max(values)] for value in values)
 
 
 # The command line
@@ -1364,7 +1348,7 @@ ENGINES = (
 
 
 def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Return which share of the run this is, of how many, and who said so. Raises UsageError on half an answer."""
+    """Return which share of the run this is, of how many, and who said so. Raises RunError on half an answer."""
     index, count, source = args.task_index, args.task_count, "--task-index"
     engine = next((names for names in ENGINES if names[0] in os.environ), None)
     if index is None and engine:
@@ -1373,27 +1357,27 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
         if count is None and count_name in os.environ:
             values.append(os.environ[count_name])
         if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
-            raise UsageError(f"{source} and its like are not numbers; give --task-index and --task-count instead")
+            raise RunError(f"{source} and its like are not numbers; give --task-index and --task-count instead")
         index, count = int(values[0]) - int(values[1]), int(values[2]) if len(values) > 2 else count
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None:
         missing, there = ("--task-count", source) if count is None else ("--task-index", "--task-count")
-        raise UsageError(f"{missing} is missing: {there} is there without it")
+        raise RunError(f"{missing} is missing: {there} is there without it")
     if not 0 <= index < count:
-        raise UsageError(f"--task-index {index} (from {source}) must be from 0 to {count - 1}: --task-count is {count}")
+        raise RunError(f"--task-index {index} (from {source}) must be from 0 to {count - 1}: --task-count is {count}")
     return index, count, source
 
 
 def plan(args: argparse.Namespace) -> Run:
-    """Turn parsed flags into a run. Raises UsageError where they do not go together."""
+    """Turn parsed flags into a run. Raises RunError where they do not go together."""
     if args.end < args.start:
-        raise UsageError(f"--end {args.end} is before --start {args.start}; swap them")
+        raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
     for flag, other in (("bucket", "output_dir"), ("resume", "verify")):
         if getattr(args, flag) and getattr(args, other) not in (None, False):
-            raise UsageError(f"--{flag} and --{other.replace('_', '-')} exclude each other; drop one")
+            raise RunError(f"--{flag} and --{other.replace('_', '-')} exclude each other; drop one")
     if args.meters_per_file > 1 and args.meters > 10**9:
-        raise UsageError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
+        raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
     bucket = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
     index, count, source = find_task(args)
     derived = {
@@ -1405,12 +1389,12 @@ def plan(args: argparse.Namespace) -> Run:
     }
     run = Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
     if bucket and args.max_disk is not None and args.max_disk < run.file_disk:
-        raise UsageError(f"--max-disk {args.max_disk:,} has no room for one file; it takes {run.file_disk:,} bytes")
+        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; it takes {run.file_disk:,} bytes")
     return run
 
 
 def prepare_directory(run: Run) -> None:
-    """See that the run's directory has room, create it and see that it can be written. Raises UsageError if not."""
+    """See that the run's directory has room, create it and see that it can be written. Raises RunError if not."""
     flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
     try:
         ancestor = os.path.abspath(run.directory) if run.directory else ""
@@ -1420,22 +1404,22 @@ def prepare_directory(run: Run) -> None:
         if run.bucket:
             free += sum(size for _, size in spooled(os.path.join(run.directory, SPOOL)))
         needed = run.disk_bytes // 12 if run.gzip and not run.bucket else run.disk_bytes  # it compresses to 8%
-        if free < needed and not run.resume:
+        if free < needed and not (run.resume and not run.bucket):  # of local files, some are there already
             advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
-            raise UsageError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
+            raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
         os.makedirs(run.directory, exist_ok=True)
         with tempfile.TemporaryFile(dir=run.directory):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
+        raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    erase = ERASE if sys.stderr.isatty() else ""
+    erase = ERASE if on_terminal() else ""
     line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: %(message)s" if args.verbose else "%(message)s"
     logging.basicConfig(format=erase + line, level=logging.CRITICAL)
     log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
@@ -1447,7 +1431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             credentials = find_credentials() if run.bucket else None
             if not run.verify:
                 prepare_directory(run)
-    except (UsageError, RunError) as error:
+    except RunError as error:
         parser.error(str(error))
     for row in describe_plan(run):
         say(row)

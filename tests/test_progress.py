@@ -160,7 +160,7 @@ def test_latencies_are_within_the_stated_error() -> None:
     gauge = generator.Gauge(0.0, 60.0)
     seconds = [0.001 * 1.1**exponent for exponent in range(100)]
     for latency in seconds:
-        gauge.answers.append((200, latency, 0, 0))
+        gauge.note(None, 0.0, 204, latency)
     progress = some_progress()
     progress.update(gauge.drain())
     for share, latency in ((0.5, seconds[49]), (0.95, seconds[94]), (0.99, seconds[98]), (1.0, seconds[99])):
@@ -176,7 +176,7 @@ def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         now[0] += 1.0
         progress.update(generator.Outcome(Counter(bytes=7, objects=1)))
     assert len(progress.slots) <= generator.SLOTS and sum(progress.slots) == 70_000
-    assert progress.slot_seconds == 256 and progress.peaks == (7, 1)
+    assert progress.slot_seconds == 256 and progress.peaks == [7, 1]
     assert len(generator.sparkline(progress.slots)) == len(progress.slots)
 
 
