@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -87,7 +88,7 @@ CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by 
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
 SPOOL = ".wattif-spool"
-SPOOLED = re.compile(r"\.?(([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|pid)(\.\d+\.part)?")
+SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|pid|\.[\w-]+\.\d+\.part")
 DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
 REQUEST_TIMEOUT = 60.0
@@ -102,7 +103,15 @@ ERASE = "\r\x1b[K"  # the live line
 
 
 class RunError(Exception):
-    """What the user asked for cannot be done; the message is one line that names the flag and what to do."""
+    """A run cannot begin or go on; the message is one line that says what to do."""
+
+    status = 2  # bad input, for which nothing was done
+
+
+class BusyError(RunError):
+    """Another run holds the temp directory."""
+
+    status = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Run:
         files = share(self.day_files, self.task_index, self.task_count)
         count = min(self.processes, len(files))
         if self.max_disk is not None and self.bucket:
-            count = min(count, self.max_disk // self.file_disk)
+            count = min(count, self.max_disk // (self.file_disk + self.directories_disk))
         return [share(files, index, count) for index in range(count)]
 
     def meters_of(self, files: range) -> range:
@@ -188,23 +197,25 @@ class Run:
         """
         room = max(1, self.batch_size // self.meters_per_file) * self.batches
         if self.max_disk is not None:
-            room = min(room, self.max_disk // len(self.slices) // self.file_disk)
+            room = min(room, (self.max_disk // len(self.slices) - self.directories_disk) // self.file_disk)
         return min(room, len(self.days) * len(files))
+
+    @property
+    def directories_disk(self) -> int:
+        """The most disk that a process's directories take: its own, those of the days in flight, the pid file."""
+        return DISK_BLOCK * (self.batches + 4)
 
     @property
     def batches(self) -> int:
         """The most batches that a process has in flight: one for each thread that writes or uploads one."""
         return self.write_workers + self.upload_workers
 
-    def pace(self, files: range) -> float:
-        """The seconds between the uploads of a slice's files that its share of --rps-limit asks for; 0 if none."""
-        return sum(map(len, self.slices)) / len(files) / self.rps_limit if self.rps_limit else 0.0
-
     @property
     def disk_bytes(self) -> int:
         """The most disk that this task uses at once."""
-        files = sum(map(self.files_on_disk, self.slices)) if self.bucket else self.objects
-        return files * self.file_disk + len(self.days) * DISK_BLOCK
+        if not self.bucket:
+            return self.objects * self.file_disk + len(self.days) * DISK_BLOCK
+        return sum(self.files_on_disk(files) * self.file_disk + self.directories_disk for files in self.slices)
 
     @property
     def destination(self) -> str:
@@ -367,7 +378,7 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
     folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    part = os.path.join(folder, f".{name.replace('.', '-')}.{os.getpid()}.part")  # no *.ndjson* matches it
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     size = 0
     try:
@@ -392,7 +403,8 @@ def write_batch(run: Run, day: date, template: bytes, batch: Sequence[File]) -> 
     folder = os.path.join(run.directory, f"dt={day}")
     sizes: list[int] = []
     try:
-        os.makedirs(folder, mode=0o700 if run.bucket else 0o777, exist_ok=True)
+        for directory in (run.directory, folder):
+            os.makedirs(directory, mode=0o700 if run.bucket else 0o777, exist_ok=True)
         for file, chunks in zip(batch, batch_contents(run, day, template, batch)):
             path = os.path.join(folder, file_name(run, file.key))
             sizes.append(write_file(path, chunks, 0o600 if run.bucket else 0o666))
@@ -416,9 +428,13 @@ def deliver_batch(
         path = os.path.join(folder, name)
         if error is None:
             outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
-            if bucket:
-                with contextlib.suppress(FileNotFoundError):  # somebody else's cleaning is as good
+            try:
+                if bucket:
                     os.unlink(path)
+            except FileNotFoundError:
+                log.warning("%r was gone before it was deleted", path)
+            except OSError as refused:
+                outcome.fatal = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
         else:
             outcome.counts["failed"] += 1
             outcome.failures.append(f"{path}: {explain(error)}")
@@ -440,12 +456,20 @@ class Outage(Exception):
 class Gauge:
     """What the HTTP session of a process shares with its pipeline: pace and patience in, answers out."""
 
-    pace: float  # the least seconds between two uploads that begin
     patience: float  # --retry-timeout
+    limit: float | None = None  # --rps-limit
+    active: Any = field(default_factory=lambda: bytearray(1))  # a byte for each process, shared: 1 while it uploads
+    index: int = 0  # of this process's byte
     answers: deque[Counter[Any]] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
     next_upload: float = 0.0
+    succeeded: float = 0.0
     failing_since: float = math.inf
+
+    @property
+    def pace(self) -> float:
+        """The least seconds between two uploads that this process begins."""
+        return max(1, sum(self.active[:])) / self.limit if self.limit else 0.0
 
     def wait_for_turn(self) -> None:
         """Let uploads begin evenly, none earlier than its turn."""
@@ -457,14 +481,16 @@ class Gauge:
     def note(self, request: Any, started: float, status: int = 0, seconds: float = 0.0) -> None:
         """Note how a request that began at a time was answered; status 0 stands for not at all."""
         answer = Counter({("status", status): 1})
-        if status:
+        if status and request.method in ("POST", "PUT"):
             answer["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] = 1
         if status in (200, 308) and request.body:
             whole = request.method == "PUT" or "uploadType=multipart" in request.url
             answer.update(sent_bytes=len(request.body), arrived=int(whole and status == 200))
         self.answers.append(answer)
-        failing = status in (0, 429) or status >= 500
-        self.failing_since = min(self.failing_since, started) if failing else math.inf
+        if status in (0, 408, 429) or status >= 500:
+            self.failing_since = min(self.failing_since, max(started, self.succeeded))
+        else:
+            self.succeeded, self.failing_since = time.monotonic(), math.inf
 
     def drain(self) -> Outcome:
         """Return what was noted since the last time."""
@@ -490,11 +516,11 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             if time.monotonic() - gauge.failing_since > gauge.patience:
                 raise Outage(f"nothing was accepted for {gauge.patience:.0f} s")
-            if request.body and request.body is getattr(last, "body", None):
+            if request.url == getattr(last, "url", "") and request.body is last.body:
                 gauge.answers.append(Counter(retries=1))
-            elif gauge.pace and request.method == "POST":
+            elif gauge.limit and request.method == "POST":
                 gauge.wait_for_turn()
-            last.body, last.started = request.body, time.monotonic()
+            last.url, last.body, last.started = request.url, request.body, time.monotonic()
             try:
                 return super().send(request, *args, **kwargs)
             except Exception:
@@ -554,13 +580,15 @@ def explain(error: BaseException) -> str:
     return line if len(line) < 200 else f"{line[:200]}..."
 
 
-def refusal(error: BaseException, run: Run) -> str:
+def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
     """Say what to do where an error means that every other request would fail as well; otherwise nothing."""
     from google.auth.exceptions import GoogleAuthError, TransportError
 
     code = getattr(error, "code", None)
     if code == 401 or (isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)):
         remedy = "the credentials were not accepted: log in again, or give the VM a service account"
+    elif code == 403 and listing:
+        remedy = f"no permission to list gs://{run.bucket}: grant roles/storage.objectViewer on it"
     elif code == 403:
         remedy = (
             f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser on it; "
@@ -581,7 +609,7 @@ class Listing(NamedTuple):
 
     keys: array[int]
     sizes: array[int]
-    checksums: array[int]  # CRC32C; of local files only where it was asked for
+    checksums: array[int]  # CRC32C; of local files only for --verify
     strangers: list[str]
 
 
@@ -591,13 +619,13 @@ def find(keys: array[int], key: int) -> int:
     return position if position < len(keys) and keys[position] == key else -1
 
 
-def name_range(run: Run, files: range) -> tuple[str, str]:
-    """Bound the names of a slice's files, from the first name to before the second; at its ends, all of the day's."""
+def name_range(run: Run, files: range) -> tuple[str, str | None]:
+    """Bound the names of a slice's files, from the first name to before the second; at the ends, all of the day's."""
     meters = run.meters_of(files)
     first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
     if run.meters_per_file == 1:
         first, last = f"02{meters.start // BLOCK_METERS:04X}", f"02{meters[-1] // BLOCK_METERS + 1:04X}"
-    return "" if files.start == 0 else first, "~" if files.stop == run.day_files.stop else last
+    return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
 
 
 def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
@@ -611,43 +639,41 @@ def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
     return size, checksum
 
 
-def list_entries(run: Run, bucket: Bucket | None, day: date, first: str, last: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and CRC32C of what is in a day's partition within a range of names, in order."""
+def list_entries(run: Run, bucket: Bucket | None, day: date, files: range) -> Iterator[tuple[str, int, int]]:
+    """Yield name, size and CRC32C of what is in a day's partition within the names of a slice, in order."""
+    first, last = name_range(run, files)
     prefix = f"dt={day}/"
     if bucket:
+        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
         fields = "items(name,size,crc32c),nextPageToken"
-        found = bucket.client.list_blobs(
-            bucket,
-            prefix=prefix,
-            start_offset=prefix + first,
-            end_offset=prefix + last,
-            fields=fields,
-            **request_options(run),
-        )
-        for blob in found:
-            yield blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=fields, **bounds, **request_options(run)):
+            name = blob.name[len(prefix) :]
+            if first <= name and (last is None or name < last):  # not every emulator heeds the bounds
+                yield name, blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
         return
     folder = os.path.join(run.directory, f"dt={day}")
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
-        if first <= name < last and not name.startswith("."):
-            size, checksum = os.stat(path).st_size, 0
+        if first <= name and (last is None or name < last) and not name.endswith(".part"):
+            size, checksum = os.lstat(path).st_size, 0
             if run.verify and os.path.isfile(path):
                 with open(path, "rb") as file:
                     size, checksum = measure(iter(lambda: file.read(1 << 20), b""))
             yield name, size, checksum
 
 
-def list_day(run: Run, bucket: Bucket | None, day: date, files: range) -> Listing:
-    """List a day's files within the names of a slice. Raises RunError where the destination cannot be listed."""
+def list_day(run: Run, bucket: Bucket | None, day: date, files: range, stopping: list[str]) -> Listing:
+    """List a day's files within the names of a slice, or a part of them if the run is to stop.
+
+    Raises RunError where the destination cannot be listed.
+    """
     listing = Listing(array("Q"), array("Q"), array("Q"), [])
-    first, last = name_range(run, files)
     pattern, base = (r"meters-([0-9]{9})-.*", 10) if run.meters_per_file > 1 else (r"([0-9A-F]{12})\..*", 16)
     try:
-        for name, size, checksum in list_entries(run, bucket, day, first, last):
+        for name, size, checksum in list_entries(run, bucket, day, files):
+            if stopping:
+                break
             match = re.fullmatch(pattern, name, re.DOTALL)
-            if not first <= name < last:  # not every emulator heeds the range
-                continue
             if match and file_name(run, int(match[1], base)) == name:
                 listing.keys.append(int(match[1], base))
                 listing.sizes.append(size)
@@ -657,7 +683,7 @@ def list_day(run: Run, bucket: Bucket | None, day: date, files: range) -> Listin
     except Exception as error:
         if not (isinstance(error, (OSError, Outage)) or type(error).__module__.startswith("google.")):
             raise
-        reason = refusal(error, run) if bucket else ""
+        reason = refusal(error, run, listing=True) if bucket else ""
         raise RunError(reason or f"cannot list {run.destination}/dt={day}: {explain(error)}") from None
     return listing
 
@@ -668,11 +694,15 @@ def list_day(run: Run, bucket: Bucket | None, day: date, files: range) -> Listin
 class Slice:
     """The files that a process makes each day: their indices, and the fleet behind them."""
 
-    def __init__(self, run: Run, files: range) -> None:
-        """Draw the meters of the files."""
+    def __init__(self, run: Run, files: range, stopping: list[str]) -> None:
+        """Draw the meters of the files, unless the run is to stop."""
         self.run, self.files = run, files
         self.meters = run.meters_of(files)
-        self.fleet = draw_fleet(run.seed, self.meters)
+        self.fleet = array("Q")
+        while len(self.fleet) < len(self.meters) and not stopping:
+            drawn = self.meters.start + len(self.fleet)
+            end_of_block = (drawn // BLOCK_METERS + 1) * BLOCK_METERS
+            self.fleet.extend(draw_fleet(run.seed, range(drawn, min(end_of_block, self.meters.stop))))
         log.debug("drew meters %d to %d", self.meters[0], self.meters[-1])
 
     def file(self, index: int) -> File:
@@ -692,22 +722,25 @@ class Slice:
         return indices
 
 
-def run_pipeline(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
+def run_pipeline(
+    run: Run, files: range, gauge: Gauge, bucket: Bucket | None, stopping: list[str], report: Report
+) -> None:
     """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
 
     `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
     comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
     run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
     """
-    own = Slice(run, files)
-    gauge = Gauge(run.pace(files), run.retry_timeout)
-    bucket = open_bucket(run, credentials, gauge)
+    own = Slice(run, files, stopping)
     free = run.files_on_disk(files)
     batch_files = max(1, free // run.batches)
-    if gauge.pace:
-        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / gauge.pace)))
+    batches = run.batches
+    if gauge.limit:  # a paced run is to stop soon after a signal, too
+        pace = len(run.slices) / gauge.limit
+        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / pace)))
+        batches = 1 if pace > 1 else batches
     failed_in_a_row = 0
-    pending: dict[Future[Outcome], int] = {}
+    pending: dict[Future[Outcome], tuple[int, date]] = {}
 
     def settle() -> None:
         nonlocal free, failed_in_a_row
@@ -715,49 +748,61 @@ def run_pipeline(run: Run, files: range, credentials: Any, stopping: list[str], 
         report(gauge.drain())
         for future in done:
             outcome = future.result()
-            free += pending.pop(future) - outcome.counts["failed"]
+            count, of_day = pending.pop(future)
+            free += count - outcome.counts["failed"]
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
             if failed_in_a_row >= max(2, batch_files):
                 reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
                 outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
             stopping.extend(filter(None, [outcome.fatal]))
             report(outcome)
-        if not pending and not free:
-            stopping.append("full")
-            report(Outcome(fatal="files whose upload failed fill the disk; see to the cause, then run with --resume"))
+            days_on_disk.add(of_day)
+        for finished in days_on_disk - {day} - {of_day for _, of_day in pending.values()}:
+            days_on_disk.discard(finished)
+            with contextlib.suppress(OSError):  # unless it holds a file whose upload failed
+                os.rmdir(os.path.join(run.directory, f"dt={finished}"))
 
+    day, days_on_disk = date.min, set()
     with ThreadPoolExecutor(run.write_workers, "write") as write_executor, ThreadPoolExecutor(
         run.upload_workers, "upload"
     ) as upload_executor:
         for day in map(date.fromordinal, run.days):
             todo: Sequence[int] = files
             if run.resume and not stopping:
-                todo = own.missing(list_day(run, bucket, day, files))
-                report(Outcome(Counter(skipped=len(files) - len(todo))))
+                todo = own.missing(list_day(run, bucket, day, files, stopping))
+                report(Outcome(Counter(skipped=0 if stopping else len(files) - len(todo))))
             template = render_day_template(day, run.interval) if todo and not stopping else b""
-            while todo and not stopping:
-                if len(pending) == run.batches or (pending and free < batch_files) or not free:
+            made = 0
+            while made < len(todo) and not stopping:
+                gauge.active[gauge.index] = 1
+                if len(pending) == batches or (pending and free < batch_files):
                     settle()
                     continue
-                count = min(batch_files, free)
-                batch, todo = [*map(own.file, todo[:count])], todo[count:]
+                if not free:
+                    stopping.append("full")
+                    reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
+                    report(Outcome(fatal=reason))
+                    break
+                batch = [*map(own.file, todo[made : made + min(batch_files, free)])]
+                made += len(batch)
                 free -= len(batch)
                 written = write_executor.submit(write_batch, run, day, template, batch)
-                pending[upload_executor.submit(deliver_batch, run, bucket, day, batch, written)] = len(batch)
+                pending[upload_executor.submit(deliver_batch, run, bucket, day, batch, written)] = (len(batch), day)
         while pending:
             settle()
+    gauge.active[gauge.index] = 0
     report(gauge.drain())
 
 
-def verify_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
+def verify_slice(
+    run: Run, files: range, gauge: Gauge, bucket: Bucket | None, stopping: list[str], report: Report
+) -> None:
     """Compare a slice of the destination with what a run would put there: names, sizes and CRC32C.
 
     Names that belong to no file are counted by the slice that can tell: where meters have files of their own, the
     one that has the first meter of a block, whose other meters it draws too.
     """
-    own = Slice(run, files)
-    gauge = Gauge(0.0, run.retry_timeout)
-    bucket = open_bucket(run, credentials, gauge)
+    own = Slice(run, files, stopping)
     first_told, others = name_range(run, files)[0], array("Q")
     if run.meters_per_file == 1:
         end_of_block = -(-own.meters.stop // BLOCK_METERS) * BLOCK_METERS
@@ -766,7 +811,7 @@ def verify_slice(run: Run, files: range, credentials: Any, stopping: list[str], 
             first_told = f"02{own.meters.start // BLOCK_METERS + 1:04X}"
     for day in map(date.fromordinal, run.days):
         template = render_day_template(day, run.interval)
-        listing = list_day(run, bucket, day, files)
+        listing = list_day(run, bucket, day, files, stopping)
         seen = bytearray(len(listing.keys))
         for start in range(0, len(files), run.batch_size):
             if stopping:
@@ -792,68 +837,112 @@ def verify_slice(run: Run, files: range, credentials: Any, stopping: list[str], 
         report(Outcome(Counter(unexpected=len(names)), failures=names))
 
 
-def run_slice(run: Run, files: range, credentials: Any, stopping: list[str], report: Report) -> None:
-    """Do or verify a slice; a destination that cannot be listed ends the run."""
+def run_slice(run: Run, index: int, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
+    """Do or verify the index-th slice; what makes that impossible ends the run."""
+    files = run.slices[index]
+    if run.bucket and not run.verify:
+        run = replace(run, directory=os.path.join(run.directory, str(index)))
     try:
-        (verify_slice if run.verify else run_pipeline)(run, files, credentials, stopping, report)
+        gauge = Gauge(run.retry_timeout, run.rps_limit, active, index)
+        bucket = open_bucket(run, credentials, gauge)
+        (verify_slice if run.verify else run_pipeline)(run, files, gauge, bucket, stopping, report)
     except RunError as error:
         report(Outcome(fatal=str(error)))
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
+        report(Outcome(fatal=f"{explain(error)}: the machine is too small; lower --meters or the numbers of workers"))
 
 
 # The run: its directory, its processes, its signals
 
 
-def spooled(spool: str) -> Iterator[tuple[str, int]]:
-    """Yield path and size of each file in a spool. Raises RunError where something there is not WattIf's."""
-    if os.path.islink(spool):
-        raise RunError(f"{spool!r} is a symbolic link: remove it, or give another --temp-dir")
+def clear_spool(spool: str) -> None:
+    """Delete what an earlier run left. Raises RunError where something in the spool is not WattIf's."""
+    left = []
     for folder, folders, names in os.walk(spool):
-        inside = os.path.relpath(folder, spool)
-        strange = [name for name in names if not SPOOLED.fullmatch(name)]
-        strange += [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        if strange or not re.fullmatch(r"\.|dt=\d{4}-\d\d-\d\d", inside):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        strange = links + [name for name in names if not SPOOLED.fullmatch(name)]
+        inside = re.fullmatch(r"\.|\d+(/dt=\d{4}-\d\d-\d\d)?", os.path.relpath(folder, spool))
+        if strange or not inside or os.path.islink(spool):
             path = os.path.join(folder, *strange[:1])
             raise RunError(f"{path!r} is not WattIf's: move it away, or give another --temp-dir")
-        for name in names:
-            path = os.path.join(folder, name)
-            yield path, os.lstat(path).st_size
+        left += [os.path.join(folder, name) for name in names]
+    if left:
+        log.warning("clearing %d files that an earlier run left in %r", len(left), spool)
+    for path in left:
+        os.unlink(path)
+    remove_empty(spool)
+
+
+def lock_directory(directory: str, holder: str) -> int:
+    """Lock a directory and return the descriptor that holds the lock; a crash leaves none behind.
+
+    Raises BusyError if another run holds it, by the process that the file `holder` names.
+    """
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = "another run"
+        with contextlib.suppress(OSError), open(holder) as file:
+            process = f"process {file.read()}"
+        os.close(lock)
+        raise BusyError(f"--temp-dir {directory!r} is in use by {process}; wait or give another one") from None
+    return lock
+
+
+def check_room(run: Run, existing: str, flag: str) -> None:
+    """Raise RunError where the file system of an existing directory has too little room for the run."""
+    free = shutil.disk_usage(existing).free
+    needed = run.disk_bytes
+    if run.gzip and not run.bucket:  # it compresses to 8% at the best
+        needed = run.readings * ROW_BYTES // 12
+    if free < needed and not (run.resume and not run.bucket):  # of local files, some are there already
+        advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
+        raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
 
 
 @contextlib.contextmanager
-def claim_spool(run: Run) -> Iterator[Run]:
-    """Hold the directory in which files wait for their upload, TEMP_DIR/SPOOL, and yield a run that uses it.
+def claim_directory(run: Run) -> Iterator[Run]:
+    """See that the run's directory can be written and has room, and yield a run that uses it.
 
-    The lock is on the temp directory itself, so a crash leaves none behind. What an earlier run left in the spool
-    is cleared, and nothing else is ever touched. Files whose upload fails stay; otherwise the temp directory is
-    left as it was found. Raises RunError where another run holds it or the spool cannot be had.
+    Files that wait for their upload lie in TEMP_DIR/SPOOL, which one run at a time has. What an earlier run left
+    there is cleared, and nothing else is ever touched. Files whose upload fails stay; otherwise the temp directory
+    is left as it was found. Raises RunError where the directory cannot be had.
     """
+    flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
     spool = os.path.join(run.directory, SPOOL)
     holder = os.path.join(spool, "pid")
-    lock = os.open(run.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock = None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left = [path for path, _ in spooled(spool)]
-            if left:
-                log.warning("clearing %d files that an earlier run left in %s", len(left), spool)
-            for path in left:
-                os.unlink(path)
+            there = os.path.lexists(run.directory)
+            ancestor = os.path.abspath(run.directory)
+            while not os.path.lexists(ancestor):
+                ancestor = os.path.dirname(ancestor)
+            if not there:
+                check_room(run, ancestor, flag)
+            os.makedirs(run.directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=run.directory):
+                pass
+            if run.bucket:
+                lock = lock_directory(run.directory, holder)
+                clear_spool(spool)
+            if there:
+                check_room(run, run.directory, flag)
+            if run.bucket:
+                os.mkdir(spool, 0o700)
+                write_file(holder, [b"%d" % os.getpid()], 0o600)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
+        yield replace(run, directory=spool) if run.bucket else run
+        if run.bucket:
+            with contextlib.suppress(OSError):
+                os.unlink(holder)
             remove_empty(spool)
-            os.mkdir(spool, 0o700)
-            write_file(holder, [b"%d" % os.getpid()], 0o600)
-        except BlockingIOError:
-            process = "another run"
-            with contextlib.suppress(OSError), open(holder) as file:
-                process = f"process {file.read()}"
-            raise RunError(f"--temp-dir {run.directory} is in use by {process}; wait or give another one") from None
-        except OSError as error:
-            raise RunError(f"--temp-dir: cannot use {error.filename or spool!r}: {error.strerror}") from None
-        yield replace(run, directory=spool)
-        with contextlib.suppress(OSError):
-            os.unlink(holder)
-        remove_empty(spool)
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_empty(directory: str) -> None:
@@ -898,7 +987,9 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def run_child(run: Run, files: range, credentials: Any, connection: Connection, inherited: list[Connection]) -> None:
+def run_child(
+    run: Run, index: int, credentials: Any, active: Any, connection: Connection, inherited: list[Connection]
+) -> None:
     """Be one of several processes: do a slice and send what became of each batch, at last None.
 
     Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
@@ -916,44 +1007,56 @@ def run_child(run: Run, files: range, credentials: Any, connection: Connection, 
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    run_slice(run, files, credentials, stopping, connection.send)
+    run_slice(run, index, credentials, active, stopping, connection.send)
     connection.send(None)
 
 
-def run_children(run: Run, credentials: Any, stopping: list[str], report: Report) -> None:
-    """Do each slice in a process of its own, started before any thread or client exists."""
+def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
+    """Do each slice in a process of its own, started before any thread or client exists.
+
+    However this function ends, the connections are closed, and a child without one ends too.
+    """
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
     context = multiprocessing.get_context("fork")
-    children: dict[Connection, tuple[multiprocessing.process.BaseProcess, range]] = {}
-    for files in run.slices:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=run_child, args=(run, files, credentials, theirs, [ours, *children]))
-        process.start()
-        theirs.close()
-        children[ours] = (process, run.meters_of(files))
-    told = False
-    while children:
-        if stopping and not told:
-            told = True
-            for connection in children:
-                with contextlib.suppress(OSError):
-                    connection.send("stop")
-        report(Outcome())
-        for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
-            process, meters = children[connection]
+    children: dict[Connection, tuple[multiprocessing.process.BaseProcess, int]] = {}
+    with contextlib.ExitStack() as stack:
+        for index in range(len(run.slices)):
             try:
-                outcome = connection.recv()
-            except (EOFError, OSError):
-                process.join()
-                ending = f"their process ended with exit code {process.exitcode}; run again with --resume"
-                report(Outcome(failures=[f"meters {meters[0]} to {meters[-1]}: {ending}"]))
-                outcome = None
-            if outcome:
-                report(outcome)
-            else:
-                process.join()
-                del children[connection]
+                ours, theirs = map(stack.enter_context, context.Pipe())
+                arguments = (run, index, credentials, active, theirs, [ours, *children])
+                process = context.Process(target=run_child, args=arguments, daemon=True)
+                process.start()
+            except OSError as error:
+                raise RunError(
+                    f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
+                ) from None
+            theirs.close()
+            children[ours] = (process, index)
+        told = False
+        while children:
+            if stopping and not told:
+                told = True
+                for connection in children:
+                    with contextlib.suppress(OSError):
+                        connection.send("stop")
+            report(Outcome())
+            for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
+                process, index = children[connection]
+                try:
+                    outcome = connection.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    active[index] = 0
+                    meters = run.meters_of(run.slices[index])
+                    ending = f"their process ended with exit code {process.exitcode}; run again with --resume"
+                    report(Outcome(failures=[f"meters {meters[0]} to {meters[-1]}: {ending}"]))
+                    outcome = None
+                if outcome:
+                    report(outcome)
+                else:
+                    process.join()
+                    del children[connection]
 
 
 def execute(run: Run, credentials: Any, progress: Progress) -> int:
@@ -981,16 +1084,14 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     keep_freed_memory()
-    with contextlib.ExitStack() as stack:
-        try:
-            if run.bucket and not run.verify and run.slices:
-                run = stack.enter_context(claim_spool(run))
-            if len(run.slices) > 1:
-                run_children(run, credentials, stopping, report)
-            elif run.slices:
-                run_slice(run, run.slices[0], credentials, stopping, report)
-        except RunError as error:
-            report(Outcome(fatal=str(error)))
+    active = mmap.mmap(-1, max(1, len(run.slices)))  # anonymous, so that children share it
+    try:
+        if len(run.slices) > 1:
+            run_children(run, credentials, active, stopping, report)
+        elif run.slices:
+            run_slice(run, 0, credentials, active, stopping, report)
+    except RunError as error:
+        report(Outcome(fatal=str(error)))
     return progress.conclude(signals[0] if signals else 0)
 
 
@@ -1018,8 +1119,8 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
-def describe_plan(run: Run) -> list[str]:
-    """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
+def describe_plan(run: Run) -> int:
+    """Say what a run will do: days, meters, readings, objects, bytes, disk, destination. Returns exit status 0."""
     size = run.readings * ROW_BYTES
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
     lines = {
@@ -1033,7 +1134,10 @@ def describe_plan(run: Run) -> list[str]:
         "disk": f"at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}",
         "destination": f"{run.destination}/dt=YYYY-MM-DD/",
     }
-    return [f"{name:<12} {value}" for name, value in lines.items() if value]
+    for name, value in lines.items():
+        if value:
+            say(f"{name:<12} {value}")
+    return 0
 
 
 class Progress:
@@ -1073,7 +1177,7 @@ class Progress:
             self.slots[-1] += size
         if on_terminal() and now - self.painted >= TICK_SECONDS:
             self.painted = now
-            sys.stderr.write(ERASE + self.live_line(os.get_terminal_size(sys.stderr.fileno()).columns - 1))
+            sys.stderr.write(ERASE + self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
             sys.stderr.flush()
         elif not on_terminal() and now - self.logged >= LOG_SECONDS:
             self.logged = now
@@ -1180,7 +1284,8 @@ class Progress:
             peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
             say(f"throughput   {sparkline(self.slots)} at most {peaks}")
         if self.as_json:
-            print(json.dumps(summary), flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                os.write(sys.stdout.fileno(), json.dumps(summary).encode() + b"\n")
         return status
 
 
@@ -1351,14 +1456,14 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
     """Return which share of the run this is, of how many, and who said so. Raises RunError on half an answer."""
     index, count, source = args.task_index, args.task_count, "--task-index"
     engine = next((names for names in ENGINES if names[0] in os.environ), None)
-    if index is None and engine:
-        source, count_name, first_name = engine
-        values = [os.environ.get(name, "0") for name in (source, first_name)]
-        if count is None and count_name in os.environ:
-            values.append(os.environ[count_name])
-        if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
-            raise RunError(f"{source} and its like are not numbers; give --task-index and --task-count instead")
-        index, count = int(values[0]) - int(values[1]), int(values[2]) if len(values) > 2 else count
+    if engine:
+        told = {name: os.environ[name] for name in engine if name in os.environ}
+        if not all(re.fullmatch("[0-9]{1,12}", value) for value in told.values()):
+            raise RunError(f"{engine[0]} and its like are not numbers; give --task-index and --task-count instead")
+        if index is None:
+            index, source = int(told[engine[0]]) - int(told.get(engine[2], "0")), engine[0]
+        if count is None and engine[1] in told:
+            count = int(told[engine[1]])
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None:
@@ -1373,9 +1478,9 @@ def plan(args: argparse.Namespace) -> Run:
     """Turn parsed flags into a run. Raises RunError where they do not go together."""
     if args.end < args.start:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
-    for flag, other in (("bucket", "output_dir"), ("resume", "verify")):
+    for flag, other in (("bucket", "output_dir"), ("resume", "verify"), ("max_disk", "output_dir")):
         if getattr(args, flag) and getattr(args, other) not in (None, False):
-            raise RunError(f"--{flag} and --{other.replace('_', '-')} exclude each other; drop one")
+            raise RunError(f"--{flag} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
     bucket = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
@@ -1388,31 +1493,10 @@ def plan(args: argparse.Namespace) -> Run:
         "task_source": source,
     }
     run = Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
-    if bucket and args.max_disk is not None and args.max_disk < run.file_disk:
-        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; it takes {run.file_disk:,} bytes")
+    least = run.file_disk + run.directories_disk
+    if args.max_disk is not None and args.max_disk < least:
+        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; that takes {least:,} bytes")
     return run
-
-
-def prepare_directory(run: Run) -> None:
-    """See that the run's directory has room, create it and see that it can be written. Raises RunError if not."""
-    flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
-    try:
-        ancestor = os.path.abspath(run.directory) if run.directory else ""
-        while ancestor and not os.path.lexists(ancestor):
-            ancestor = os.path.dirname(ancestor)
-        free = shutil.disk_usage(ancestor).free
-        if run.bucket:
-            free += sum(size for _, size in spooled(os.path.join(run.directory, SPOOL)))
-        needed = run.disk_bytes // 12 if run.gzip and not run.bucket else run.disk_bytes  # it compresses to 8%
-        if free < needed and not (run.resume and not run.bucket):  # of local files, some are there already
-            advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
-            raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
-        os.makedirs(run.directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.directory):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1427,15 +1511,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=r".*\bPython\b")  # packages that lament an old Python
     try:
         run = plan(args)
-        if not args.dry_run:
-            credentials = find_credentials() if run.bucket else None
-            if not run.verify:
-                prepare_directory(run)
+        if args.dry_run:
+            return describe_plan(run)
+        credentials = find_credentials() if run.bucket else None
+        with contextlib.nullcontext(run) if run.verify or not run.slices else claim_directory(run) as claimed:
+            describe_plan(run)
+            return execute(claimed, credentials, Progress(run, args.json))
     except RunError as error:
-        parser.error(str(error))
-    for row in describe_plan(run):
-        say(row)
-    return 0 if args.dry_run else execute(run, credentials, Progress(run, args.json))
+        say(f"{parser.prog}: error: {error}")
+        return error.status
 
 
 if __name__ == "__main__":

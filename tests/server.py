@@ -116,8 +116,10 @@ class Server:
         keep: bool = True,
         fault: Callable[[Request], Any] = lambda request: None,
         page: int = 1000,
+        deaf: bool = False,
     ) -> None:
         self.delay, self.keep, self.fault, self.page = delay, keep, fault, page
+        self.deaf = deaf  # to the bounds of a listing, as some emulators are
         self.objects: dict[str, StoredObject] = {}
         self.uploads: dict[str, Upload] = {}
         self.requests: list[Request] = []
@@ -236,10 +238,9 @@ class Server:
                 return 308, {}, f"Range: bytes=0-{last}\r\n"
             return self.store(upload, memoryview(upload.content), total)
         if request.query.get("uploadType") == "resumable":
-            state = urlencode(
-                {"upload_id": request.number, "name": request.name, "type": request.headers["x-upload-content-type"]}
-            )
-            return 200, {}, f"Location: {self.url}{request.path}?{state}\r\n"
+            content_type = request.headers["x-upload-content-type"]
+            state = urlencode({"upload_id": request.number, "name": request.name, "type": content_type})
+            return 200, {}, f"Location: {self.url}{request.path}?uploadType=resumable&{state}\r\n"
         if request.query.get("uploadType") == "multipart":
             boundary = request.headers["content-type"].split('boundary="')[1].rstrip('"').encode()
             head = bytes(body[:4096])
@@ -277,13 +278,11 @@ class Server:
     def listing(self, request: Request) -> dict[str, Any]:
         """Answer a listing, a page at a time."""
         query = request.query
-        first = max(query.get("startOffset", ""), query.get("pageToken", ""))
+        first = max("" if self.deaf else query.get("startOffset", ""), query.get("pageToken", ""))
         with self.lock:
-            names = sorted(
-                name
-                for name in self.objects
-                if name.startswith(query.get("prefix", "")) and name >= first and name < query.get("endOffset", "\x7f")
-            )
+            last = chr(0x10FFFF) if self.deaf else query.get("endOffset", chr(0x10FFFF))
+            found = (name for name in self.objects if name.startswith(query.get("prefix", "")))
+            names = sorted(name for name in found if first <= name < last)
             items = [
                 {"name": name, "size": str(self.objects[name].size), "crc32c": self.objects[name].crc32c}
                 for name in names[: self.page]

@@ -101,7 +101,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
         "267,840,000",
         "31,000 of 682,560 bytes",
         "21,159,360,000 (21.2 GB)",
-        "at most 205,336,576 bytes (205 MB)",
+        "at most 205,238,272 bytes (205 MB)",
         "gs://smart-meter-fake-data-t/dt=YYYY-MM-DD/",
     ):
         assert fact in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -16,13 +17,14 @@ import time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import generator
 from conftest import DAYS, ROOT, environment, start, until, upload, wattif
-from server import Request, Server
+from server import Server
 
 SMALL = (*DAYS, "--interval", "3600", "--meters", "150", "--batch-size", "10")
 ERASE = "\r\x1b[K"
@@ -49,7 +51,7 @@ def on_a_terminal(columns: int, *args: Any, **env: str) -> str:
     return written.decode()
 
 
-@pytest.mark.parametrize("columns", [80, 30])
+@pytest.mark.parametrize("columns", [80, 30, 5, 0])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_terminal_has_one_live_line(tmp_path: Path, columns: int, processes: int) -> None:
     flags = ("--bucket", "a-bucket", "--temp-dir", tmp_path, "--processes", processes, "-v")
@@ -60,9 +62,10 @@ def test_a_terminal_has_one_live_line(tmp_path: Path, columns: int, processes: i
     # What stands between two erasures and does not end its line is a live line, gone before the next thing is written.
     live = [piece for piece in screen.split(ERASE) if piece and "\n" not in piece]
     assert 3 <= len(live) <= 10 * elapsed + 1
-    assert all(len(line) < columns and re.match(r" *\d+%", line) for line in live)
-    assert any(re.search(r"\d+/300 objects", line) for line in live)
-    if columns == 80:
+    assert all(len(line) < (columns or 80) and re.match(r" *\d+%", line) for line in live)
+    if columns in (80, 30):
+        assert any(re.search(r"\d+/300 objects", line) for line in live)
+    if columns in (80, 0):
         assert any(re.search(r"\[#+\.+\].* objects .*B/s .* left", line) for line in live)
     lines = [piece for piece in screen.split(ERASE) if "\n" in piece]
     assert all(piece.endswith("\r\n") and piece.count("\n") == 1 for piece in lines)  # none torn, nothing left behind
@@ -157,10 +160,11 @@ def some_progress(*flags: str) -> Any:
 
 
 def test_latencies_are_within_the_stated_error() -> None:
-    gauge = generator.Gauge(0.0, 60.0)
+    gauge = generator.Gauge(60.0)
+    request = SimpleNamespace(method="POST", body=None, url="")
     seconds = [0.001 * 1.1**exponent for exponent in range(100)]
     for latency in seconds:
-        gauge.note(None, 0.0, 204, latency)
+        gauge.note(request, 0.0, 204, latency)
     progress = some_progress()
     progress.update(gauge.drain())
     for share, latency in ((0.5, seconds[49]), (0.95, seconds[94]), (0.99, seconds[98]), (1.0, seconds[99])):
@@ -180,22 +184,57 @@ def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(generator.sparkline(progress.slots)) == len(progress.slots)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_rps_limit_paces_the_uploads(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize("flags", [("--processes", 1), ("--processes", 2), ("--resume", "--processes", 2)])
+def test_rps_limit_paces_the_uploads(tmp_path: Path, flags: tuple) -> None:
     limit, arrivals = 50, []
-
-    def note(request: Request) -> None:
-        arrivals.append(time.monotonic())
-
-    flags = ("--rps-limit", limit, "--processes", processes, "--temp-dir", tmp_path)
-    with Server(fault=note) as server:
-        done = upload(server, *DAYS, "--interval", "3600", "--meters", 76, *flags)
+    run = ("--interval", "3600", "--rps-limit", limit, "--temp-dir", tmp_path, *flags)
+    with Server() as server:
+        if "--resume" in flags:  # all that one of the two processes had to do is there
+            assert (
+                upload(
+                    server, *DAYS, "--meters", 152, *run[:2], *run[4:], "--task-index", 0, "--task-count", 2
+                ).returncode
+                == 0
+            )
+        server.fault = lambda request: arrivals.append(time.monotonic()) if request.name else None
+        done = upload(server, *DAYS, "--meters", 152 if "--resume" in flags else 76, *run)
     assert done.returncode == 0 and len(arrivals) == 152
     steady = arrivals[2:]  # each process begins with one
     rate = (len(steady) - 1) / (steady[-1] - steady[0])
     assert 0.95 * limit <= rate <= 1.05 * limit
     for begin in range(len(steady) - limit):  # evenly: no second has more, but for what two processes may add
         assert steady[begin + limit] - steady[begin] >= 0.9
+
+
+def test_rps_limit_counts_objects_and_not_their_chunks(tmp_path: Path) -> None:
+    # Objects of 20 MB go up in two chunks each; a limit that took chunks for objects would halve the rate.
+    flags = ("--meters", 290, "--meters-per-file", 29, "--rps-limit", 5, "--temp-dir", tmp_path, "--json")
+    with Server() as server:
+        done = upload(server, "--start", "2024-01-01", "--end", "2024-01-01", *flags, "--processes", 1)
+    made = report(done)
+    assert made["objects_done"] == 10 and made["elapsed_seconds"] < 3.5 and made["peak_objects_per_second"] > 0
+
+
+def test_a_paced_run_stops_soon(tmp_path: Path) -> None:
+    flags = ("--bucket", "a-bucket", "--temp-dir", tmp_path, "--rps-limit", "0.5", "--processes", 2)
+    with Server() as server:
+        with start(*SMALL, *flags, STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: len(server.objects) > 1)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=15)
+    assert process.returncode == 143
+
+
+def test_an_outage_begins_after_the_last_success() -> None:
+    gauge = generator.Gauge(60.0)
+    request = SimpleNamespace(method="GET", body=None, url="")
+    gauge.note(request, time.monotonic(), 200, 0.1)
+    gauge.note(request, time.monotonic() - 100, 503, 100.0)  # it began long before
+    assert time.monotonic() - gauge.failing_since < 10
+    gauge.note(request, time.monotonic(), 408, 0.1)
+    assert time.monotonic() - gauge.failing_since < 10
+    gauge.note(request, time.monotonic(), 404, 0.1)
+    assert gauge.failing_since == math.inf
 
 
 def test_today_and_yesterday_are_utc_days() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -88,10 +89,20 @@ def test_a_role_that_only_creates_is_told_to_resume(tmp_path: Path) -> None:
 
 def test_a_bucket_that_cannot_be_listed_ends_the_run(tmp_path: Path) -> None:
     for flag in ("--resume", "--verify"):
-        with Server(fault=lambda request: 404) as server:
-            done = upload(server, *SMALL, "--meters", 10, "--temp-dir", tmp_path, flag)
-        assert done.returncode == 1 and "error: there is no bucket gs://a-bucket" in done.stderr
-        assert "Traceback" not in done.stderr
+        for status, reason in ((404, "there is no bucket gs://a-bucket"), (403, "no permission to list gs://a-bucket")):
+            with Server() as server:
+                server.fault = lambda request, status=status: status if request.method == "GET" else None
+                done = upload(server, *SMALL, "--meters", 10, "--temp-dir", tmp_path, flag)
+            assert done.returncode == 1 and f"error: {reason}" in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_a_listing_is_retried_and_counted(tmp_path: Path) -> None:
+    flags = (*SMALL, "--meters", 10, "--temp-dir", tmp_path, "--processes", 1)
+    with Server(fault=lambda request: 503 if request.number == 20 else None) as server:
+        assert upload(server, *flags).returncode == 0
+        done = upload(server, *flags, "--resume", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["retries"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,11 +121,12 @@ def test_verify_finds_what_is_missing_different_and_unexpected(tmp_path: Path, k
         strange = [
             "dt=2024-01-01/020000ABCDEF.ndjson.bak",
             "dt=2024-01-02/a\nname",
-            "dt=2024-01-02/zz/z",
+            "dt=2024-01-02/~ünexpected",
             names[0] + ".part",
         ]
         for name in strange:
             damage(server, name, b"")
+        server.deaf = processes == 3
         damage(server, "dt=2024-01-03/020000ABCDEF.ndjson", b"")  # another day
         before = dict(server.objects)
         done = upload(server, *flags, "--verify")
@@ -155,7 +167,8 @@ def test_verify_of_local_files(tmp_path: Path) -> None:
     (tmp_path / names[1]).unlink()
     with (tmp_path / names[2]).open("r+b") as file:
         file.write(b"[")
-    (tmp_path / "dt=2024-01-02" / "notes").touch()
+    (tmp_path / "dt=2024-01-02" / "notes").symlink_to("nowhere")
+    (tmp_path / "dt=2024-01-02" / ".020000ABCDEF-ndjson.77.part").touch()  # what a killed run leaves
     done = wattif(*flags, "--verify")
     assert done.returncode == 1 and "1 missing, 1 different, 1 unexpected" in done.stderr
     assert wattif(*DAYS, "--output-dir", tmp_path / "nowhere", "--verify", "--meters", 2).returncode == 1

@@ -151,10 +151,24 @@ def test_large_files_make_smaller_batches(tmp_path: Path) -> None:
     for flags in ((), ("--meters-per-file", 10), ("--meters-per-file", 1000)):
         done = wattif(*DAYS, "--meters", 5000, "--processes", 1, "--dry-run", *flags)
         plans.append(int(done.stderr.split("at most ")[-1].split(" bytes")[0].replace(",", "")))
-    assert plans[0] == 300 * 167 * 4096 + 2 * 4096  # a file takes 167 blocks of the disk, a day's directory one
+    assert plans[0] == 300 * 167 * 4096 + 7 * 4096  # a file takes 167 blocks of the disk, a directory one
     assert plans[0] >= plans[1] >= 300 * 682_560 and plans[2] < 3.001 * 1000 * 682_560
     with Server() as server:
         done = upload(
             server, *SMALL, "--meters", 64, "--meters-per-file", 4, "--batch-size", 8, "--temp-dir", tmp_path, "-v"
         )
     assert done.returncode == 0 and "uploaded 2 of 2 files" in done.stderr and "of 3 files" not in done.stderr
+
+
+def test_processes_that_cannot_be_started_end_the_run(tmp_path: Path) -> None:
+    with Server(delay=0.02) as server:
+        flags = (*SMALL, "--meters", 1000, "--processes", 12, "--temp-dir", tmp_path)
+        done = upload(server, *flags, prefix=("prlimit", "--nofile=22"))
+    assert done.returncode == 1 and "error: cannot start 12 processes (" in done.stderr
+    assert "lower --processes" in done.stderr and len(server.objects) < 2000
+
+
+def test_a_fleet_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+    flags = ("--meters", 30_000_000, "--meters-per-file", 10_000_000, "--interval", 86_400, "--processes", 1)
+    done = wattif(*DAYS, *flags, "--output-dir", tmp_path, prefix=("prlimit", "--as=140000000"))
+    assert done.returncode == 1 and "lower --meters" in done.stderr and "Traceback" not in done.stderr
