@@ -174,7 +174,8 @@ def test_latencies_are_within_the_stated_error() -> None:
 
 def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = some_progress("--output-dir", "x")
-    now = [progress.started]
+    now = [0.0]
+    progress.started = progress.painted = progress.logged = 0.0
     monkeypatch.setattr(generator.time, "monotonic", lambda: now[0])
     for _ in range(10_000):
         now[0] += 1.0
