@@ -460,7 +460,8 @@ class Gauge:
     limit: float | None = None  # --rps-limit
     active: Any = field(default_factory=lambda: bytearray(1))  # a byte for each process, shared: 1 while it uploads
     index: int = 0  # of this process's byte
-    answers: deque[Counter[Any]] = field(default_factory=deque)
+    answers: deque[tuple[int, float, str, int]] = field(default_factory=deque)  # status, seconds, call, body's bytes
+    retries: deque[None] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
     next_upload: float = 0.0
     succeeded: float = 0.0
@@ -480,13 +481,7 @@ class Gauge:
 
     def note(self, request: Any, started: float, status: int = 0, seconds: float = 0.0) -> None:
         """Note how a request that began at a time was answered; status 0 stands for not at all."""
-        answer = Counter({("status", status): 1})
-        if status and request.method in ("POST", "PUT"):
-            answer["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] = 1
-        if status in (200, 308) and request.body:
-            whole = request.method == "PUT" or "uploadType=multipart" in request.url
-            answer.update(sent_bytes=len(request.body), arrived=int(whole and status == 200))
-        self.answers.append(answer)
+        self.answers.append((status, seconds, f"{request.method} {request.url}", len(request.body or b"")))
         if status in (0, 408, 429) or status >= 500:
             self.failing_since = min(self.failing_since, max(started, self.succeeded))
         else:
@@ -494,10 +489,19 @@ class Gauge:
 
     def drain(self) -> Outcome:
         """Return what was noted since the last time."""
-        outcome = Outcome()
+        counts: Counter[Any] = Counter()
+        while self.retries:
+            self.retries.pop()
+            counts["retries"] += 1
         while self.answers:
-            outcome.counts.update(self.answers.popleft())
-        return outcome
+            status, seconds, call, size = self.answers.popleft()
+            counts["status", status] += 1
+            if status and not call.startswith("GET"):
+                counts["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += 1
+            if status in (200, 308) and size:
+                counts["sent_bytes"] += size
+                counts["arrived"] += status == 200 and (call.startswith("PUT") or "=multipart" in call)
+        return Outcome(counts)
 
 
 def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
@@ -516,11 +520,12 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             if time.monotonic() - gauge.failing_since > gauge.patience:
                 raise Outage(f"nothing was accepted for {gauge.patience:.0f} s")
-            if request.url == getattr(last, "url", "") and request.body is last.body:
-                gauge.answers.append(Counter(retries=1))
+            call = (request.url, request.headers.get("x-goog-api-client"), request.headers.get("content-range"))
+            if call == getattr(last, "call", None):  # the first header has an ID of the library's call
+                gauge.retries.append(None)
             elif gauge.limit and request.method == "POST":
                 gauge.wait_for_turn()
-            last.url, last.body, last.started = request.url, request.body, time.monotonic()
+            last.call, last.started = call, time.monotonic()
             try:
                 return super().send(request, *args, **kwargs)
             except Exception:
