@@ -315,14 +315,14 @@ def generate_smart_meter_readings_for_day(
     buffer = bytearray(template)
     rows = len(template) // ROW_BYTES
     columns = {digit: bytearray([digit]) * rows for digit in b"0123456789ABCDEF"}
-    stamped = template[ID_OFFSET : ID_OFFSET + 12]
+    stamped, day_text = template[ID_OFFSET : ID_OFFSET + 12], str(day)
     for address in meters:
         meter_id = b"%012X" % address
         for offset, (old, new) in enumerate(zip(stamped, meter_id), ID_OFFSET):
             if old != new:
                 buffer[offset::ROW_BYTES] = columns[new]
         stamped = meter_id
-        for offset, column in enumerate(draw_digits(f"{seed}/{address:012X}/{day}", rows), DIGITS_OFFSET):
+        for offset, column in enumerate(draw_digits(f"{seed}/{address:012X}/{day_text}", rows), DIGITS_OFFSET):
             buffer[offset::ROW_BYTES] = column
         yield buffer
 
