@@ -53,7 +53,6 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
-from urllib.request import getproxies
 
 import orjson
 from bloom_filter import BloomFilter
@@ -540,8 +539,9 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
     for scheme in ("https://", "http://"):
         session.mount(scheme, GaugedAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
     session.hooks["response"].append(note_answer)
-    # With trust_env, requests looks for proxies, certificates and .netrc anew on every request.
-    session.trust_env = bool(getproxies() or {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"} & set(os.environ))
+    # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
+    found = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
+    session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
     return client.bucket(run.bucket)
 
 

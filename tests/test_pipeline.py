@@ -103,6 +103,18 @@ def test_what_an_earlier_run_left_is_cleared_and_nothing_else(tmp_path: Path) ->
     assert len(server.objects) == 50
 
 
+@pytest.mark.parametrize("bypassed", [False, True])
+def test_proxies_of_the_environment_are_heeded(tmp_path: Path, bypassed: bool) -> None:
+    flags = ("--bucket", "a-bucket", *SMALL, "--meters", 5, "--temp-dir", tmp_path, "--retry-timeout", 2)
+    with Server() as server:
+        proxy = {"http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}
+        if not bypassed:
+            proxy = {"http_proxy": server.url, "no_proxy": ""}
+        endpoint = server.url if bypassed else "http://storage.invalid"
+        done = wattif(*flags, STORAGE_EMULATOR_HOST=endpoint, **proxy)
+    assert done.returncode == 0 and len(server.objects) == 10, done.stderr
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> None:
     peak = 0
