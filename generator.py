@@ -26,6 +26,7 @@ import base64
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -46,10 +47,9 @@ import time
 import warnings
 import zlib
 from array import array
-from bisect import bisect_left
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
@@ -72,8 +72,7 @@ ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
 
 BLOCK_METERS = 1 << 20
-BLOCKS = 1 << 16
-MAX_METERS = BLOCKS * BLOCK_METERS
+MAX_METERS = BLOCK_METERS << 16
 SUFFIX_BITS = 24
 LOCALLY_ADMINISTERED = 0x02 << 40
 
@@ -86,12 +85,12 @@ CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by 
 
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
-SPOOL = ".wattif-spool"
-SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|pid|\.[\w-]+\.\d+\.part")
+SPOOL = re.compile(r"\.wattif-(\d+)")  # the directory of a run's process, in the temp directory
+SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|\.\d+\.part")
 DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
 REQUEST_TIMEOUT = 60.0
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.1  # between looks at what has happened, and between live lines
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
 PACED_BATCH_SECONDS = 5  # so that a paced run stops soon after a signal
 NAMED = 20  # of what --verify finds
@@ -104,13 +103,10 @@ ERASE = "\r\x1b[K"  # the live line
 class RunError(Exception):
     """A run cannot begin or go on; the message is one line that says what to do."""
 
-    status = 2  # bad input, for which nothing was done
-
-
-class BusyError(RunError):
-    """Another run holds the temp directory."""
-
-    status = 1
+    def __init__(self, message: str, status: int = 2) -> None:
+        """Take the message and the exit status: 2 for bad input, for which nothing was done."""
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,11 @@ class Run:
     seed: int
     meters_per_file: int
     gzip: bool
+    bucket: str | None  # without one the files stay in the directory
+    directory: str
     task_index: int
     task_count: int
     task_source: str
-    bucket: str | None
-    directory: str
     resume: bool
     verify: bool
     batch_size: int
@@ -159,9 +155,7 @@ class Run:
     def slices(self) -> list[range]:
         """Each process's share of this task's files of a day: contiguous, none of them empty."""
         files = share(self.day_files, self.task_index, self.task_count)
-        count = min(self.processes, len(files))
-        if self.max_disk is not None and self.bucket:
-            count = min(count, self.max_disk // (self.file_disk + self.directories_disk))
+        count = min(self.processes, len(files), (self.max_disk or sys.maxsize) // self.file_disk)
         return [share(files, index, count) for index in range(count)]
 
     def meters_of(self, files: range) -> range:
@@ -185,36 +179,24 @@ class Run:
 
     @property
     def file_disk(self) -> int:
-        """The most bytes of disk that one file takes."""
-        return -(-self.file_bytes() // DISK_BLOCK) * DISK_BLOCK
-
-    def files_on_disk(self, files: range) -> int:
-        """The most files of a slice that wait on disk at once.
-
-        Unless --max-disk says otherwise that is a batch for each thread that writes or uploads one, with fewer
-        files where they are large, so that they make smaller batches and not a fuller disk.
-        """
-        room = max(1, self.batch_size // self.meters_per_file) * self.batches
-        if self.max_disk is not None:
-            room = min(room, (self.max_disk // len(self.slices) - self.directories_disk) // self.file_disk)
-        return min(room, len(self.days) * len(files))
-
-    @property
-    def directories_disk(self) -> int:
-        """The most disk that a process's directories take: its own, those of the days in flight, the pid file."""
-        return DISK_BLOCK * (self.batches + 4)
+        """The most bytes of disk that a file takes, with a block each for its directory and the one above."""
+        return (-(-self.file_bytes() // DISK_BLOCK) + 2) * DISK_BLOCK
 
     @property
     def batches(self) -> int:
         """The most batches that a process has in flight: one for each thread that writes or uploads one."""
         return self.write_workers + self.upload_workers
 
+    def files_on_disk(self, files: range) -> int:
+        """The most files of a slice that wait on disk at once; where files are large, they make smaller batches."""
+        room = (self.max_disk or sys.maxsize) // len(self.slices) // self.file_disk
+        in_batches = self.batches * max(1, self.batch_size // self.meters_per_file)
+        return min(room, in_batches, len(self.days) * len(files))
+
     @property
     def disk_bytes(self) -> int:
         """The most disk that this task uses at once."""
-        if not self.bucket:
-            return self.objects * self.file_disk + len(self.days) * DISK_BLOCK
-        return sum(self.files_on_disk(files) * self.file_disk + self.directories_disk for files in self.slices)
+        return self.file_disk * (sum(map(self.files_on_disk, self.slices)) if self.bucket else self.objects)
 
     @property
     def destination(self) -> str:
@@ -227,14 +209,6 @@ def share(whole: range, index: int, count: int) -> range:
     return whole[len(whole) * index // count : len(whole) * (index + 1) // count]
 
 
-def file_name(run: Run, key: int) -> str:
-    """Name a file by its key: the address of its meter or, with --meters-per-file, the index of its first one."""
-    stem = f"{key:012X}"
-    if run.meters_per_file > 1:
-        stem = f"meters-{key:09d}-{min(key + run.meters_per_file, run.meters) - 1:09d}"
-    return f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson"
-
-
 # The fleet
 
 
@@ -243,16 +217,19 @@ def probe_once(bloom: BloomFilter, suffix: int) -> tuple[int]:
     return (suffix % bloom.num_bits_m,)
 
 
-def draw_fleet(seed: int, meters: range) -> array[int]:
+def draw_fleet(seed: int, meters: range, stopping: Sequence[str] = ()) -> array[int]:
     """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
     Returns their addresses (48-bit integers) as an array of 8 bytes each. Each block has a generator and a filter
     of its own, of the block's capacity whatever the size of the fleet, so that a larger fleet begins with the
     smaller one and no block before the first meter's is drawn. One probe of a filter with 8 bits for each meter
-    rejects at most every eighth number that is new; a number that was drawn before is always rejected.
+    rejects at most every eighth number that is new; a number that was drawn before is always rejected. What is
+    drawn ends with a block where the run is to stop.
     """
     fleet = array("Q")
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
+        if stopping:
+            break
         base = LOCALLY_ADMINISTERED | block << SUFFIX_BITS
         skipped = max(0, meters.start - block * BLOCK_METERS)
         bloom = BloomFilter(BLOCK_METERS, 0.02, probe_once)
@@ -266,6 +243,50 @@ def draw_fleet(seed: int, meters: range) -> array[int]:
             if index >= skipped:
                 append(base | suffix)
     return fleet
+
+
+class File(NamedTuple):
+    """A file: its name, and the addresses of its meters."""
+
+    name: str
+    meters: array[int]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Contiguous files of each day, by their indices, and the fleet behind them."""
+
+    run: Run
+    files: range
+    fleet: array[int]
+
+    def file(self, index: int) -> File:
+        """Return a file by its index."""
+        meters = self.run.meters_of(range(index, index + 1))
+        before = self.files.start * self.run.meters_per_file
+        addresses = self.fleet[meters.start - before : meters.stop - before]
+        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if self.run.meters_per_file > 1 else f"{addresses[0]:012X}"
+        return File(f"{stem}.ndjson.gz" if self.run.gzip else f"{stem}.ndjson", addresses)
+
+    @functools.cached_property
+    def in_order_of_names(self) -> Sequence[int]:
+        """The indices of the files in the order of their names, in which blocks follow one another."""
+        if self.run.meters_per_file > 1:
+            return self.files
+        order = array("Q")
+        for block in range(self.files.start // BLOCK_METERS, -(-self.files.stop // BLOCK_METERS)):
+            start = max(self.files.start, block * BLOCK_METERS)
+            indices = range(start, min(self.files.stop, (block + 1) * BLOCK_METERS))
+            order.extend(sorted(indices, key=lambda index: self.fleet[index - self.files.start]))
+        return order
+
+
+def draw_slice(run: Run, files: range, stopping: Sequence[str]) -> Slice:
+    """Draw the meters of contiguous files."""
+    meters = run.meters_of(files)
+    fleet = draw_fleet(run.seed, meters, stopping)
+    log.debug("drew meters %d to %d", meters[0], meters[-1])
+    return Slice(run, files, fleet)
 
 
 # The day template and the readings
@@ -334,14 +355,16 @@ def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
     yield compressor.flush()
 
 
-# A batch: the files of one call of the transfer manager
+# A batch: written by one pool, uploaded and deleted by the other
 
 
-class File(NamedTuple):
-    """A file of a batch, by its key, and the addresses of its meters."""
+class Batch(NamedTuple):
+    """Files of one day for one call of the transfer manager, the folder they are written to, and the day's template."""
 
-    key: int
-    meters: array[int]
+    day: date
+    folder: str
+    template: bytes
+    files: Sequence[File]
 
 
 @dataclass
@@ -362,11 +385,11 @@ class Outcome:
 Report = Callable[[Outcome], None]
 
 
-def batch_contents(run: Run, day: date, template: bytes, batch: Sequence[File]) -> Iterator[Iterable[Any]]:
+def batch_contents(run: Run, batch: Batch) -> Iterator[Iterable[Any]]:
     """Yield the content of each file of a batch, as chunks to be used up before the next file."""
-    meters = itertools.chain.from_iterable(file.meters for file in batch)
-    readings = generate_smart_meter_readings_for_day(day, template, meters, run.seed)
-    for file in batch:
+    meters = itertools.chain.from_iterable(file.meters for file in batch.files)
+    readings = generate_smart_meter_readings_for_day(batch.day, batch.template, meters, run.seed)
+    for file in batch.files:
         chunks = itertools.islice(readings, len(file.meters))
         yield compress(chunks) if run.gzip else chunks
 
@@ -376,8 +399,7 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
 
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name.replace('.', '-')}.{os.getpid()}.part")  # no *.ndjson* matches it
+    part = os.path.join(os.path.dirname(path), f".{threading.get_native_id()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     size = 0
     try:
@@ -396,58 +418,48 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
     return size
 
 
-def write_batch(run: Run, day: date, template: bytes, batch: Sequence[File]) -> tuple[list[int], str]:
-    """Write the files of a batch; return the sizes of those that are whole and, if the disk refused, its reason."""
+def write_batch(run: Run, batch: Batch) -> list[int]:
+    """Write the files of a batch and return their sizes. Raises OSError where the disk refuses."""
     started = time.perf_counter()
-    folder = os.path.join(run.directory, f"dt={day}")
-    sizes: list[int] = []
-    try:
-        for directory in (run.directory, folder):
-            os.makedirs(directory, mode=0o700 if run.bucket else 0o777, exist_ok=True)
-        for file, chunks in zip(batch, batch_contents(run, day, template, batch)):
-            path = os.path.join(folder, file_name(run, file.key))
-            sizes.append(write_file(path, chunks, 0o600 if run.bucket else 0o666))
-    except OSError as error:
-        return sizes, f"cannot write {error.filename or folder}: {error.strerror}; make room, then run with --resume"
-    log.debug("%s: wrote %d files in %.3f s", day, len(sizes), time.perf_counter() - started)
-    return sizes, ""
+    folder_mode, mode = (0o700, 0o600) if run.bucket else (0o777, 0o666)
+    os.makedirs(batch.folder, folder_mode, exist_ok=True)
+    paths = (os.path.join(batch.folder, file.name) for file in batch.files)
+    sizes = [write_file(path, chunks, mode) for path, chunks in zip(paths, batch_contents(run, batch))]
+    log.debug("%s: wrote %d files in %.3f s", batch.day, len(sizes), time.perf_counter() - started)
+    return sizes
 
 
-def deliver_batch(
-    run: Run, bucket: Bucket | None, day: date, batch: Sequence[File], written: Future[tuple[list[int], str]]
-) -> Outcome:
+def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future[list[int]]) -> Outcome:
     """Wait until a batch is written, upload it if there is a bucket, delete what arrived, and count."""
-    sizes, reason = written.result()
-    started = time.perf_counter()
-    folder = os.path.join(run.directory, f"dt={day}")
-    names = [file_name(run, file.key) for file in batch[: len(sizes)]]
-    results = upload_files(run, bucket, day, folder, names) if bucket else [None] * len(names)
-    outcome = Outcome(fatal=reason)
-    for file, name, size, error in zip(batch, names, sizes, results):
-        path = os.path.join(folder, name)
-        if error is None:
+    outcome = Outcome()
+    try:
+        sizes = written.result()
+        started = time.perf_counter()
+        errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
+        for file, size, error in zip(batch.files, sizes, errors):
+            path = os.path.join(batch.folder, file.name)
+            if error:
+                outcome.add(Outcome(Counter(failed=1), [f"{path}: {explain(error)}"], refusal(error, run)))
+                continue
             outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
-            try:
-                if bucket:
+            if bucket:
+                with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-            except FileNotFoundError:
-                log.warning("%r was gone before it was deleted", path)
-            except OSError as refused:
-                outcome.fatal = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
-        else:
-            outcome.counts["failed"] += 1
-            outcome.failures.append(f"{path}: {explain(error)}")
-            outcome.fatal = outcome.fatal or refusal(error, run)
-    if bucket:
-        seconds = time.perf_counter() - started
-        log.debug("%s: uploaded %d of %d files in %.3f s", day, outcome.counts["objects"], len(names), seconds)
+        if bucket:
+            done, seconds = outcome.counts["objects"], time.perf_counter() - started
+            log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
+            with contextlib.suppress(OSError):  # it holds a file whose upload failed
+                os.rmdir(batch.folder)
+    except OSError as error:
+        reason = f"the disk refuses {error.filename or batch.folder}: {error.strerror}"
+        outcome.fatal = f"{reason}; see to it, or make room, then run with --resume"
     return outcome
 
 
 # Uploading
 
 
-class Outage(Exception):
+class Outage(OSError):
     """No request has succeeded for --retry-timeout seconds; the library does not retry this one."""
 
 
@@ -456,50 +468,54 @@ class Gauge:
     """What the HTTP session of a process shares with its pipeline: pace and patience in, answers out."""
 
     patience: float  # --retry-timeout
-    limit: float | None = None  # --rps-limit
-    active: Any = field(default_factory=lambda: bytearray(1))  # a byte for each process, shared: 1 while it uploads
+    limit: float | None  # --rps-limit
+    active: Any  # a byte for each process, shared: 1 while it uploads
     index: int = 0  # of this process's byte
-    answers: deque[tuple[int, float, str, int]] = field(default_factory=deque)  # status, seconds, call, body's bytes
-    retries: deque[None] = field(default_factory=deque)
+    counts: Counter[Any] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    last: threading.local = field(default_factory=threading.local)  # the thread's last request
     next_upload: float = 0.0
     succeeded: float = 0.0
     failing_since: float = math.inf
 
-    @property
-    def pace(self) -> float:
-        """The least seconds between two uploads that this process begins."""
-        return max(1, sum(self.active[:])) / self.limit if self.limit else 0.0
+    def begin(self, request: Any) -> None:
+        """See to a request that is about to be sent: count a retry, let uploads begin evenly, at their turn.
 
-    def wait_for_turn(self) -> None:
-        """Let uploads begin evenly, none earlier than its turn."""
+        Raises Outage where nothing was accepted for too long.
+        """
+        if time.monotonic() - self.failing_since > self.patience:
+            raise Outage(f"nothing was accepted for {self.patience:.0f} s")
+        # The first of these headers has an ID of the library's call.
+        call = (request.url, request.headers.get("x-goog-api-client"), request.headers.get("content-range"))
+        if call == getattr(self.last, "call", None):
+            with self.lock:
+                self.counts["retries"] += 1
+        elif self.limit and request.method == "POST":
+            with self.lock:
+                pace = max(1, sum(self.active[:])) / self.limit
+                turn = self.next_upload = max(self.next_upload + pace, time.monotonic())
+            time.sleep(max(0.0, turn - time.monotonic()))
+        self.last.call, self.last.started = call, time.monotonic()
+
+    def end(self, request: Any, status: int = 0, seconds: float = 0.0) -> None:
+        """Count how the thread's last request was answered; status 0 stands for not at all."""
+        size = len(request.body or b"")
         with self.lock:
-            self.next_upload = max(self.next_upload + self.pace, time.monotonic())
-            turn = self.next_upload
-        time.sleep(max(0.0, turn - time.monotonic()))
-
-    def note(self, request: Any, started: float, status: int = 0, seconds: float = 0.0) -> None:
-        """Note how a request that began at a time was answered; status 0 stands for not at all."""
-        self.answers.append((status, seconds, f"{request.method} {request.url}", len(request.body or b"")))
-        if status in (0, 408, 429) or status >= 500:
-            self.failing_since = min(self.failing_since, max(started, self.succeeded))
-        else:
-            self.succeeded, self.failing_since = time.monotonic(), math.inf
+            self.counts["status", status] += 1
+            if status and request.method != "GET":
+                self.counts["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += 1
+            if status in (200, 308) and size:
+                self.counts["sent_bytes"] += size
+                self.counts["arrived"] += status == 200 and (request.method == "PUT" or "=multipart" in request.url)
+            if status in (0, 408, 429) or status >= 500:
+                self.failing_since = min(self.failing_since, max(self.last.started, self.succeeded))
+            else:
+                self.succeeded, self.failing_since = time.monotonic(), math.inf
 
     def drain(self) -> Outcome:
-        """Return what was noted since the last time."""
-        counts: Counter[Any] = Counter()
-        while self.retries:
-            self.retries.pop()
-            counts["retries"] += 1
-        while self.answers:
-            status, seconds, call, size = self.answers.popleft()
-            counts["status", status] += 1
-            if status and not call.startswith("GET"):
-                counts["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += 1
-            if status in (200, 308) and size:
-                counts["sent_bytes"] += size
-                counts["arrived"] += status == 200 and (call.startswith("PUT") or "=multipart" in call)
+        """Return what was counted since the last time."""
+        with self.lock:
+            counts, self.counts = self.counts, Counter()
         return Outcome(counts)
 
 
@@ -513,26 +529,17 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
     from google.cloud import storage
     from requests.adapters import HTTPAdapter
 
-    last = threading.local()
-
     class GaugedAdapter(HTTPAdapter):
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-            if time.monotonic() - gauge.failing_since > gauge.patience:
-                raise Outage(f"nothing was accepted for {gauge.patience:.0f} s")
-            call = (request.url, request.headers.get("x-goog-api-client"), request.headers.get("content-range"))
-            if call == getattr(last, "call", None):  # the first header has an ID of the library's call
-                gauge.retries.append(None)
-            elif gauge.limit and request.method == "POST":
-                gauge.wait_for_turn()
-            last.call, last.started = call, time.monotonic()
+            gauge.begin(request)
             try:
                 return super().send(request, *args, **kwargs)
             except Exception:
-                gauge.note(request, last.started)
+                gauge.end(request)
                 raise
 
     def note_answer(response: Any, **_: Any) -> None:
-        gauge.note(response.request, last.started, response.status_code, response.elapsed.total_seconds())
+        gauge.end(response.request, response.status_code, response.elapsed.total_seconds())
 
     client = storage.Client(project=None, credentials=credentials)
     session = client._http  # as the library's documentation does to widen the pool of connections
@@ -553,23 +560,20 @@ def request_options(run: Run) -> dict[str, Any]:
     return {"timeout": timeout, "retry": retry.DEFAULT_RETRY.with_timeout(run.retry_timeout)}
 
 
-def upload_files(run: Run, bucket: Bucket, day: date, folder: str, names: list[str]) -> list[Exception | None]:
-    """Upload files of one day and return, for each, the error that kept it from arriving."""
+def upload_batch(run: Run, bucket: Bucket, batch: Batch) -> list[Exception | None]:
+    """Upload the files of a batch and return, for each, the error that kept it from arriving."""
     from google.cloud.storage import transfer_manager
 
-    try:
-        return transfer_manager.upload_many_from_filenames(
-            bucket,
-            names,
-            source_directory=folder,
-            blob_name_prefix=f"dt={day}/",
-            blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
-            upload_kwargs={"content_type": CONTENT_TYPES[run.gzip], **request_options(run)},
-            worker_type=transfer_manager.THREAD,
-            max_workers=run.transfer_workers,
-        )
-    except RuntimeError as error:  # no more threads can be started
-        return [error] * len(names)
+    return transfer_manager.upload_many_from_filenames(
+        bucket,
+        [file.name for file in batch.files],
+        source_directory=batch.folder,
+        blob_name_prefix=f"dt={batch.day}/",
+        blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
+        upload_kwargs={"content_type": CONTENT_TYPES[run.gzip], **request_options(run)},
+        worker_type=transfer_manager.THREAD,
+        max_workers=run.transfer_workers,
+    )
 
 
 def explain(error: BaseException) -> str:
@@ -606,22 +610,121 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
     return f"{remedy} ({explain(error)})"
 
 
+# The pipeline of one process
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a process works with: its slice of the run's files, the bucket, if there is one, and who is told."""
+
+    run: Run
+    files: range
+    bucket: Bucket | None
+    gauge: Gauge
+    stopping: Sequence[str]  # not empty where the run is to stop
+    report: Report
+
+    @property
+    def days(self) -> Iterator[date]:
+        """The days of the run, until it is to stop."""
+        days = map(date.fromordinal, range(self.run.start.toordinal(), self.run.end.toordinal() + 1))
+        return itertools.takewhile(lambda _: not self.stopping, days)
+
+    def folder(self, day: date, number: int = 0) -> str:
+        """Return where files of a day are written; those that are uploaded, a directory for each batch."""
+        name = f"{os.getpid()}.{number}.dt={day}" if self.bucket else f"dt={day}"
+        return os.path.join(self.run.directory, name)
+
+
+def plan_batches(pipeline: Pipeline, batch_files: int) -> Iterator[Batch]:
+    """Draw the fleet and yield day by day, batch by batch, what is to be made, with --resume what is missing."""
+    run, files = pipeline.run, pipeline.files
+    own = draw_slice(run, files, pipeline.stopping)
+    numbers = itertools.count()
+    for day in pipeline.days:
+        wanted = bytearray(b"\1") * len(files)
+        if run.resume:
+            for index, entry in compare(own, list_day(pipeline, day)):
+                if index is not None and entry and (run.gzip or entry.size == run.file_bytes(index)):
+                    wanted[index - files.start] = 0
+            pipeline.report(Outcome(Counter(skipped=wanted.count(0))))
+        template = render_day_template(day, run.interval) if any(wanted) else b""
+        todo = itertools.compress(files, wanted)
+        while batch := [*map(own.file, itertools.islice(todo, batch_files))]:
+            yield Batch(day, pipeline.folder(day, next(numbers)), template, batch)
+
+
+def run_pipeline(pipeline: Pipeline) -> None:
+    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
+
+    `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
+    comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
+    run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
+    """
+    run, gauge = pipeline.run, pipeline.gauge
+    free, batches, failed_in_a_row = run.files_on_disk(pipeline.files), run.batches, 0
+    batch_files = max(1, free // batches)
+    if gauge.limit:  # a paced run is to stop soon after a signal, too
+        pace = len(run.slices) / gauge.limit
+        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / pace)))
+        batches = 1 if pace > 1 else batches
+    pending: dict[Future[Outcome], int] = {}
+
+    def settle() -> None:
+        nonlocal free, failed_in_a_row
+        done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
+        pipeline.report(gauge.drain())
+        for future in done:
+            outcome = future.result()
+            free += pending.pop(future) - outcome.counts["failed"]
+            failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
+            if failed_in_a_row >= max(2, batch_files):
+                reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
+                outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
+            pipeline.report(outcome)
+
+    with contextlib.ExitStack() as stack:
+        write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
+        upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
+        for batch in plan_batches(pipeline, batch_files):
+            while len(pending) == batches or (pending and free < len(batch.files)):
+                settle()
+            if free < len(batch.files):
+                reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
+                pipeline.report(Outcome(fatal=reason))
+            if pipeline.stopping:
+                break
+            gauge.active[gauge.index] = 1
+            free -= len(batch.files)
+            written = write_executor.submit(write_batch, run, batch)
+            delivered = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, written)
+            pending[delivered] = len(batch.files)
+        while pending:
+            settle()
+    gauge.active[gauge.index] = 0
+    pipeline.report(gauge.drain())
+
+
 # What is there already
 
 
-class Listing(NamedTuple):
-    """The files of a day that are in the destination: arrays in the order of their keys, and names of no file."""
+class Entry(NamedTuple):
+    """What the destination has under a name; the CRC32C only of an object."""
 
-    keys: array[int]
-    sizes: array[int]
-    checksums: array[int]  # CRC32C; of local files only for --verify
-    strangers: list[str]
+    name: str
+    size: int
+    checksum: int
 
 
-def find(keys: array[int], key: int) -> int:
-    """Return the position of a key among sorted ones, or -1."""
-    position = bisect_left(keys, key)
-    return position if position < len(keys) and keys[position] == key else -1
+def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
+    """Return the size and the CRC32C of a content."""
+    import google_crc32c  # what the client library computes it with
+
+    size = checksum = 0
+    for chunk in chunks:
+        size += len(chunk)
+        checksum = google_crc32c.extend(checksum, bytes(chunk))
+    return size, checksum
 
 
 def name_range(run: Run, files: range) -> tuple[str, str | None]:
@@ -633,275 +736,165 @@ def name_range(run: Run, files: range) -> tuple[str, str | None]:
     return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
 
 
-def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
-    """Return the size and the CRC32C of a file's content."""
-    import google_crc32c  # what the client library computes it with
-
-    size = checksum = 0
-    for chunk in chunks:
-        size += len(chunk)
-        checksum = google_crc32c.extend(checksum, bytes(chunk))
-    return size, checksum
-
-
-def list_entries(run: Run, bucket: Bucket | None, day: date, files: range) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and CRC32C of what is in a day's partition within the names of a slice, in order."""
-    first, last = name_range(run, files)
-    prefix = f"dt={day}/"
+def list_partition(run: Run, bucket: Bucket | None, prefix: str, first: str, last: str | None) -> Iterator[Entry]:
+    """Yield what is below a prefix, in the order of the names, at least those from `first` to before `last`."""
     if bucket:
         bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
-        fields = "items(name,size,crc32c),nextPageToken"
-        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=fields, **bounds, **request_options(run)):
-            name = blob.name[len(prefix) :]
-            if first <= name and (last is None or name < last):  # not every emulator heeds the bounds
-                yield name, blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
-        return
-    folder = os.path.join(run.directory, f"dt={day}")
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
-        if first <= name and (last is None or name < last) and not name.endswith(".part"):
-            size, checksum = os.lstat(path).st_size, 0
-            if run.verify and os.path.isfile(path):
-                with open(path, "rb") as file:
-                    size, checksum = measure(iter(lambda: file.read(1 << 20), b""))
-            yield name, size, checksum
+        wanted = "items(name,size,crc32c),nextPageToken"
+        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
+            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
+    else:
+        folder = os.path.join(run.directory, prefix)
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            if not name.endswith(".part"):
+                yield Entry(name, os.lstat(folder + name).st_size, 0)
 
 
-def list_day(run: Run, bucket: Bucket | None, day: date, files: range, stopping: list[str]) -> Listing:
-    """List a day's files within the names of a slice, or a part of them if the run is to stop.
+def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
+    """Yield what a day has within the names of the slice, in their order, until the run is to stop.
 
     Raises RunError where the destination cannot be listed.
     """
-    listing = Listing(array("Q"), array("Q"), array("Q"), [])
-    pattern, base = (r"meters-([0-9]{9})-.*", 10) if run.meters_per_file > 1 else (r"([0-9A-F]{12})\..*", 16)
+    run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
+    first, last = name_range(run, pipeline.files)
     try:
-        for name, size, checksum in list_entries(run, bucket, day, files):
-            if stopping:
+        for entry in list_partition(run, bucket, prefix, first, last):
+            if pipeline.stopping:
                 break
-            match = re.fullmatch(pattern, name, re.DOTALL)
-            if match and file_name(run, int(match[1], base)) == name:
-                listing.keys.append(int(match[1], base))
-                listing.sizes.append(size)
-                listing.checksums.append(checksum)
-            else:
-                listing.strangers.append(name)
+            if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
+                yield entry
     except Exception as error:
-        if not (isinstance(error, (OSError, Outage)) or type(error).__module__.startswith("google.")):
+        if not (isinstance(error, OSError) or type(error).__module__.startswith("google.")):
             raise
         reason = refusal(error, run, listing=True) if bucket else ""
-        raise RunError(reason or f"cannot list {run.destination}/dt={day}: {explain(error)}") from None
-    return listing
+        raise RunError(reason or f"cannot list {run.destination}/{prefix}: {explain(error)}", 1) from None
 
 
-# The pipeline of one process
+def compare(own: Slice, entries: Iterator[Entry]) -> Iterator[tuple[int | None, Entry | None]]:
+    """Match files with what is there, in the order of their names: yield the index of a file, an entry, or both."""
+    entry = next(entries, None)
+    for index in own.in_order_of_names:
+        name = own.file(index).name
+        while entry and entry.name < name:
+            yield None, entry
+            entry = next(entries, None)
+        if entry and entry.name == name:
+            yield index, entry
+            entry = next(entries, None)
+        else:
+            yield index, None
+    while entry:
+        yield None, entry
+        entry = next(entries, None)
 
 
-class Slice:
-    """The files that a process makes each day: their indices, and the fleet behind them."""
-
-    def __init__(self, run: Run, files: range, stopping: list[str]) -> None:
-        """Draw the meters of the files, unless the run is to stop."""
-        self.run, self.files = run, files
-        self.meters = run.meters_of(files)
-        self.fleet = array("Q")
-        while len(self.fleet) < len(self.meters) and not stopping:
-            drawn = self.meters.start + len(self.fleet)
-            end_of_block = (drawn // BLOCK_METERS + 1) * BLOCK_METERS
-            self.fleet.extend(draw_fleet(run.seed, range(drawn, min(end_of_block, self.meters.stop))))
-        log.debug("drew meters %d to %d", self.meters[0], self.meters[-1])
-
-    def file(self, index: int) -> File:
-        """Return a file by its index."""
-        first = index * self.run.meters_per_file
-        start = first - self.meters.start
-        meters = self.fleet[start : start + self.run.meters_per_file]
-        return File(first if self.run.meters_per_file > 1 else meters[0], meters)
-
-    def missing(self, listing: Listing) -> array[int]:
-        """Return the indices of files that are not there, or not of the right size."""
-        indices = array("Q")
-        for index in self.files:
-            found = find(listing.keys, self.file(index).key)
-            if found < 0 or not (self.run.gzip or listing.sizes[found] == self.run.file_bytes(index)):
-                indices.append(index)
-        return indices
+def check_file(pipeline: Pipeline, batch: Batch, entry: Entry | None) -> Outcome:
+    """Compare what is there under the name of a batch's only file with what a run would put there."""
+    run, (file,) = pipeline.run, batch.files
+    if entry:
+        size, checksum = measure(next(batch_contents(run, batch)))
+        if size == entry.size and not pipeline.bucket:
+            with open(os.path.join(batch.folder, file.name), "rb") as opened:
+                entry = Entry(file.name, *measure(iter(lambda: opened.read(1 << 20), b"")))
+        if (size, checksum) == entry[1:]:
+            return Outcome(Counter(objects=1, readings=run.rows * len(file.meters), bytes=size))
+    kind = "different" if entry else "missing"
+    return Outcome(Counter({kind: 1}), [f"{kind}: dt={batch.day}/{file.name}"])
 
 
-def run_pipeline(
-    run: Run, files: range, gauge: Gauge, bucket: Bucket | None, stopping: list[str], report: Report
-) -> None:
-    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
-
-    `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
-    comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
-    run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
-    """
-    own = Slice(run, files, stopping)
-    free = run.files_on_disk(files)
-    batch_files = max(1, free // run.batches)
-    batches = run.batches
-    if gauge.limit:  # a paced run is to stop soon after a signal, too
-        pace = len(run.slices) / gauge.limit
-        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / pace)))
-        batches = 1 if pace > 1 else batches
-    failed_in_a_row = 0
-    pending: dict[Future[Outcome], tuple[int, date]] = {}
-
-    def settle() -> None:
-        nonlocal free, failed_in_a_row
-        done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
-        report(gauge.drain())
-        for future in done:
-            outcome = future.result()
-            count, of_day = pending.pop(future)
-            free += count - outcome.counts["failed"]
-            failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
-            if failed_in_a_row >= max(2, batch_files):
-                reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
-                outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
-            stopping.extend(filter(None, [outcome.fatal]))
-            report(outcome)
-            days_on_disk.add(of_day)
-        for finished in days_on_disk - {day} - {of_day for _, of_day in pending.values()}:
-            days_on_disk.discard(finished)
-            with contextlib.suppress(OSError):  # unless it holds a file whose upload failed
-                os.rmdir(os.path.join(run.directory, f"dt={finished}"))
-
-    day, days_on_disk = date.min, set()
-    with ThreadPoolExecutor(run.write_workers, "write") as write_executor, ThreadPoolExecutor(
-        run.upload_workers, "upload"
-    ) as upload_executor:
-        for day in map(date.fromordinal, run.days):
-            todo: Sequence[int] = files
-            if run.resume and not stopping:
-                todo = own.missing(list_day(run, bucket, day, files, stopping))
-                report(Outcome(Counter(skipped=0 if stopping else len(files) - len(todo))))
-            template = render_day_template(day, run.interval) if todo and not stopping else b""
-            made = 0
-            while made < len(todo) and not stopping:
-                gauge.active[gauge.index] = 1
-                if len(pending) == batches or (pending and free < batch_files):
-                    settle()
-                    continue
-                if not free:
-                    stopping.append("full")
-                    reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
-                    report(Outcome(fatal=reason))
-                    break
-                batch = [*map(own.file, todo[made : made + min(batch_files, free)])]
-                made += len(batch)
-                free -= len(batch)
-                written = write_executor.submit(write_batch, run, day, template, batch)
-                pending[upload_executor.submit(deliver_batch, run, bucket, day, batch, written)] = (len(batch), day)
-        while pending:
-            settle()
-    gauge.active[gauge.index] = 0
-    report(gauge.drain())
-
-
-def verify_slice(
-    run: Run, files: range, gauge: Gauge, bucket: Bucket | None, stopping: list[str], report: Report
-) -> None:
+def verify_slice(pipeline: Pipeline) -> None:
     """Compare a slice of the destination with what a run would put there: names, sizes and CRC32C.
 
-    Names that belong to no file are counted by the slice that can tell: where meters have files of their own, the
-    one that has the first meter of a block, whose other meters it draws too.
+    The names of a block's meters are in no order, so its other meters are drawn too, and what belongs to none of
+    them is counted by the slice that has the block's first.
     """
-    own = Slice(run, files, stopping)
-    first_told, others = name_range(run, files)[0], array("Q")
+    run, files = pipeline.run, pipeline.files
+    around, told = files, name_range(run, files)[0]
     if run.meters_per_file == 1:
-        end_of_block = -(-own.meters.stop // BLOCK_METERS) * BLOCK_METERS
-        others = array("Q", sorted(draw_fleet(run.seed, range(own.meters.stop, min(end_of_block, run.meters)))))
-        if own.meters.start % BLOCK_METERS:
-            first_told = f"02{own.meters.start // BLOCK_METERS + 1:04X}"
-    for day in map(date.fromordinal, run.days):
-        template = render_day_template(day, run.interval)
-        listing = list_day(run, bucket, day, files, stopping)
-        seen = bytearray(len(listing.keys))
-        for start in range(0, len(files), run.batch_size):
-            if stopping:
-                return
-            outcome = gauge.drain()
-            batch = [*map(own.file, files[start : start + run.batch_size])]
-            for file, content in zip(batch, batch_contents(run, day, template, batch)):
-                expected, found = measure(content), find(listing.keys, file.key)
-                same, kind = False, "missing"
-                if found >= 0:
-                    seen[found] = 1
-                    same = expected == (listing.sizes[found], listing.checksums[found])
-                    kind = "objects" if same else "different"
-                outcome.counts[kind] += 1
-                if same:
-                    outcome.counts.update(readings=run.rows * len(file.meters), bytes=expected[0])
-                else:
-                    outcome.failures.append(f"{kind}: dt={day}/{file_name(run, file.key)}")
-            report(outcome)
-        unknown = [key for key, known in zip(listing.keys, seen) if not known and find(others, key) < 0]
-        names = [*listing.strangers, *(file_name(run, key) for key in unknown)]
-        names = [f"unexpected: dt={day}/{name}" for name in names if name >= first_told]
-        report(Outcome(Counter(unexpected=len(names)), failures=names))
+        blocks = range(files.start // BLOCK_METERS, -(-files.stop // BLOCK_METERS))
+        around = range(blocks.start * BLOCK_METERS, min(blocks.stop * BLOCK_METERS, run.meters))
+        told = told if files.start == around.start else f"02{blocks.start + 1:04X}"
+    own = draw_slice(run, around, pipeline.stopping)
+    for day in pipeline.days:
+        template, outcome = render_day_template(day, run.interval), Outcome()
+        for number, (index, entry) in enumerate(compare(own, list_day(pipeline, day))):
+            if pipeline.stopping:
+                break
+            if index is None:
+                if entry.name >= told:
+                    outcome.add(Outcome(Counter(unexpected=1), [f"unexpected: dt={day}/{entry.name}"]))
+            elif index in files:
+                batch = Batch(day, pipeline.folder(day), template, [own.file(index)])
+                outcome.add(check_file(pipeline, batch, entry))
+            if number % run.batch_size == 0:
+                pipeline.report(outcome)
+                outcome = pipeline.gauge.drain()
+        pipeline.report(outcome)
+
+
+# A run: its directory, its processes, its signals
 
 
 def run_slice(run: Run, index: int, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
     """Do or verify the index-th slice; what makes that impossible ends the run."""
-    files = run.slices[index]
-    if run.bucket and not run.verify:
-        run = replace(run, directory=os.path.join(run.directory, str(index)))
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.fatal:
+            stopping.append(outcome.fatal)
+        report(outcome)
+
     try:
         gauge = Gauge(run.retry_timeout, run.rps_limit, active, index)
         bucket = open_bucket(run, credentials, gauge)
-        (verify_slice if run.verify else run_pipeline)(run, files, gauge, bucket, stopping, report)
+        pipeline = Pipeline(run, run.slices[index], bucket, gauge, stopping, tell)
+        (verify_slice if run.verify else run_pipeline)(pipeline)
     except RunError as error:
-        report(Outcome(fatal=str(error)))
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
-        report(Outcome(fatal=f"{explain(error)}: the machine is too small; lower --meters or the numbers of workers"))
+        tell(Outcome(fatal=str(error)))
+    except (MemoryError, OSError, RuntimeError) as error:  # RuntimeError: no more threads can be started
+        tell(Outcome(fatal=f"{explain(error)}: see to it, or lower --meters or the numbers of workers"))
 
 
-# The run: its directory, its processes, its signals
-
-
-def clear_spool(spool: str) -> None:
-    """Delete what an earlier run left. Raises RunError where something in the spool is not WattIf's."""
-    left = []
-    for folder, folders, names in os.walk(spool):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        strange = links + [name for name in names if not SPOOLED.fullmatch(name)]
-        inside = re.fullmatch(r"\.|\d+(/dt=\d{4}-\d\d-\d\d)?", os.path.relpath(folder, spool))
-        if strange or not inside or os.path.islink(spool):
-            path = os.path.join(folder, *strange[:1])
-            raise RunError(f"{path!r} is not WattIf's: move it away, or give another --temp-dir")
-        left += [os.path.join(folder, name) for name in names]
+def clear_spools(directory: str) -> None:
+    """Delete the files and directories that earlier runs left in the temp directory, and nothing else."""
+    folders, left = [], []
+    for folder, below, names in os.walk(directory):
+        if folder == directory:
+            below[:] = [name for name in below if SPOOL.fullmatch(name)]
+        else:
+            folders.append(folder)
+            left += [os.path.join(folder, name) for name in names if SPOOLED.fullmatch(name)]
     if left:
-        log.warning("clearing %d files that an earlier run left in %r", len(left), spool)
+        log.warning("clearing %d files that an earlier run left in %r", len(left), directory)
     for path in left:
         os.unlink(path)
-    remove_empty(spool)
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):  # something else is in it
+            os.rmdir(folder)
 
 
-def lock_directory(directory: str, holder: str) -> int:
+def lock_directory(directory: str) -> int:
     """Lock a directory and return the descriptor that holds the lock; a crash leaves none behind.
 
-    Raises BusyError if another run holds it, by the process that the file `holder` names.
+    Raises RunError if another run holds it.
     """
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        process = "another run"
-        with contextlib.suppress(OSError), open(holder) as file:
-            process = f"process {file.read()}"
         os.close(lock)
-        raise BusyError(f"--temp-dir {directory!r} is in use by {process}; wait or give another one") from None
+        spools = [*filter(None, map(SPOOL.fullmatch, os.listdir(directory)))]
+        holder = f"process {spools[0][1]}" if len(spools) == 1 else "another run"
+        raise RunError(f"--temp-dir {directory!r} is in use by {holder}; wait or give another one", 1) from None
     return lock
 
 
-def check_room(run: Run, existing: str, flag: str) -> None:
-    """Raise RunError where the file system of an existing directory has too little room for the run."""
-    free = shutil.disk_usage(existing).free
-    needed = run.disk_bytes
+def check_room(run: Run, flag: str) -> None:
+    """Raise RunError where the file system of the run's directory has too little room for it."""
+    free, needed = shutil.disk_usage(run.directory).free, run.disk_bytes
     if run.gzip and not run.bucket:  # it compresses to 8% at the best
         needed = run.readings * ROW_BYTES // 12
-    if free < needed and not (run.resume and not run.bucket):  # of local files, some are there already
+    if free < needed and (run.bucket or not run.resume):  # of local files, some are there already
         advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
         raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
 
@@ -910,51 +903,30 @@ def check_room(run: Run, existing: str, flag: str) -> None:
 def claim_directory(run: Run) -> Iterator[Run]:
     """See that the run's directory can be written and has room, and yield a run that uses it.
 
-    Files that wait for their upload lie in TEMP_DIR/SPOOL, which one run at a time has. What an earlier run left
-    there is cleared, and nothing else is ever touched. Files whose upload fails stay; otherwise the temp directory
-    is left as it was found. Raises RunError where the directory cannot be had.
+    Files that wait for their upload lie in a directory of the run's own below the temp directory, which one run at
+    a time has. What an earlier run left there is cleared, and nothing else is ever touched. Files whose upload fails
+    stay; otherwise the temp directory is left as it was found. Raises RunError where the directory cannot be had.
     """
     flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
-    spool = os.path.join(run.directory, SPOOL)
-    holder = os.path.join(spool, "pid")
-    lock = None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            there = os.path.lexists(run.directory)
-            ancestor = os.path.abspath(run.directory)
-            while not os.path.lexists(ancestor):
-                ancestor = os.path.dirname(ancestor)
-            if not there:
-                check_room(run, ancestor, flag)
             os.makedirs(run.directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=run.directory):
                 pass
             if run.bucket:
-                lock = lock_directory(run.directory, holder)
-                clear_spool(spool)
-            if there:
-                check_room(run, run.directory, flag)
+                stack.callback(os.close, lock_directory(run.directory))
+                clear_spools(run.directory)
+            check_room(run, flag)
             if run.bucket:
-                os.mkdir(spool, 0o700)
-                write_file(holder, [b"%d" % os.getpid()], 0o600)
+                run = replace(run, directory=os.path.join(run.directory, f".wattif-{os.getpid()}"))
+                os.mkdir(run.directory, 0o700)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
-        yield replace(run, directory=spool) if run.bucket else run
+        yield run
         if run.bucket:
-            with contextlib.suppress(OSError):
-                os.unlink(holder)
-            remove_empty(spool)
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def remove_empty(directory: str) -> None:
-    """Remove a directory and those below it as far as they are empty."""
-    for folder, _, _ in os.walk(directory, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
+            with contextlib.suppress(OSError):  # files whose upload failed are in it
+                os.rmdir(run.directory)
 
 
 def find_credentials() -> Any:
@@ -992,34 +964,32 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def run_child(
-    run: Run, index: int, credentials: Any, active: Any, connection: Connection, inherited: list[Connection]
-) -> None:
+def run_child(run: Run, index: int, credentials: Any, active: Any, ours: Connection, theirs: Connection) -> None:
     """Be one of several processes: do a slice and send what became of each batch, at last None.
 
     Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for other in inherited:
-        other.close()
+    theirs.close()
     stopping: list[str] = []
 
     def follow_parent() -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                stopping.append(connection.recv())
+                stopping.append(ours.recv())
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    run_slice(run, index, credentials, active, stopping, connection.send)
-    connection.send(None)
+    run_slice(run, index, credentials, active, stopping, ours.send)
+    ours.send(None)
 
 
 def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists.
 
-    However this function ends, the connections are closed, and a child without one ends too.
+    However this function ends, the connections are closed, and a child without one ends too: at once the child that
+    was started last, which has a copy of the others' connections, then the one before it.
     """
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
@@ -1029,13 +999,12 @@ def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], r
         for index in range(len(run.slices)):
             try:
                 ours, theirs = map(stack.enter_context, context.Pipe())
-                arguments = (run, index, credentials, active, theirs, [ours, *children])
+                arguments = (run, index, credentials, active, theirs, ours)
                 process = context.Process(target=run_child, args=arguments, daemon=True)
                 process.start()
             except OSError as error:
-                raise RunError(
-                    f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
-                ) from None
+                reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
+                raise RunError(reason) from None
             theirs.close()
             children[ours] = (process, index)
         told = False
@@ -1048,6 +1017,7 @@ def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], r
             report(Outcome())
             for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
                 process, index = children[connection]
+                outcome = None
                 try:
                     outcome = connection.recv()
                 except (EOFError, OSError):
@@ -1056,7 +1026,6 @@ def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], r
                     meters = run.meters_of(run.slices[index])
                     ending = f"their process ended with exit code {process.exitcode}; run again with --resume"
                     report(Outcome(failures=[f"meters {meters[0]} to {meters[-1]}: {ending}"]))
-                    outcome = None
                 if outcome:
                     report(outcome)
                 else:
@@ -1124,25 +1093,20 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
-def describe_plan(run: Run) -> int:
-    """Say what a run will do: days, meters, readings, objects, bytes, disk, destination. Returns exit status 0."""
+def describe_plan(run: Run) -> None:
+    """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
     size = run.readings * ROW_BYTES
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
-    lines = {
-        "days": f"{run.start} to {run.end}",
-        "meters": f"{run.meters:,}, a reading every {run.interval} s, seed {run.seed}",
-        "task": f"{run.task_index} of {run.task_count:,} (from {run.task_source})" if run.task_source else "",
-        "readings": f"{run.readings:,}",
-        "objects": f"{run.objects:,} of {inexact}{run.file_bytes():,} bytes",
-        "bytes": f"{size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}",
-        "processes": f"{len(run.slices)}",
-        "disk": f"at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}",
-        "destination": f"{run.destination}/dt=YYYY-MM-DD/",
-    }
-    for name, value in lines.items():
-        if value:
-            say(f"{name:<12} {value}")
-    return 0
+    say(f"days         {run.start} to {run.end}")
+    say(f"meters       {run.meters:,}, a reading every {run.interval} s, seed {run.seed}")
+    if run.task_source:
+        say(f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})")
+    say(f"readings     {run.readings:,}")
+    say(f"objects      {run.objects:,} of {inexact}{run.file_bytes():,} bytes")
+    say(f"bytes        {size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}")
+    say(f"processes    {len(run.slices)}")
+    say(f"disk         at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}")
+    say(f"destination  {run.destination}/dt=YYYY-MM-DD/")
 
 
 class Progress:
@@ -1154,11 +1118,10 @@ class Progress:
     def __init__(self, run: Run, as_json: bool) -> None:
         """Begin to count time."""
         self.run, self.as_json, self.total = run, as_json, Outcome()
-        self.started = self.painted = self.logged = time.monotonic()
-        self.seconds: deque[list[int]] = deque(maxlen=RATE_SECONDS)  # of each that had any: second, bytes, objects
-        self.slots: list[int] = []
-        self.slot_seconds = 1
-        self.peaks = [0, 0]
+        self.started = self.shown = time.monotonic()
+        self.recent: deque[list[int]] = deque([[0, 0, 0]], RATE_SECONDS)  # of a second: its number, bytes, objects
+        self.slots, self.slot_seconds = [0], 1
+        self.peaks = [0, 0]  # bytes and objects of the best second
 
     def update(self, outcome: Outcome) -> None:
         """Add what became of some files, and show it if it is time to."""
@@ -1167,39 +1130,41 @@ class Progress:
             del self.total.failures[NAMED:]  # the counts tell how many there are
         now = time.monotonic()
         kinds = ("sent_bytes", "arrived") if self.run.bucket else ("bytes", "objects")
-        size, objects = (outcome.counts[kind] for kind in kinds)
-        if size:
-            second = int(now - self.started)
-            if not self.seconds or self.seconds[-1][0] != second:
-                self.seconds.append([second, 0, 0])
-            self.seconds[-1][1] += size
-            self.seconds[-1][2] += objects
-            self.peaks = [max(pair) for pair in zip(self.peaks, self.seconds[-1][1:])]
-            while second // self.slot_seconds >= SLOTS:
-                self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
-                self.slot_seconds *= 2
-            self.slots += [0] * (second // self.slot_seconds + 1 - len(self.slots))
-            self.slots[-1] += size
-        if on_terminal() and now - self.painted >= TICK_SECONDS:
-            self.painted = now
+        self.count(int(now - self.started), *(outcome.counts[kind] for kind in kinds))
+        if on_terminal() and now - self.shown >= TICK_SECONDS:
+            self.shown = now
             sys.stderr.write(ERASE + self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
             sys.stderr.flush()
-        elif not on_terminal() and now - self.logged >= LOG_SECONDS:
-            self.logged = now
+        elif not on_terminal() and now - self.shown >= LOG_SECONDS:
+            self.shown = now
             log.info("%s", self.live_line(200))
+
+    def count(self, second: int, size: int, objects: int) -> None:
+        """Count bytes and objects that arrived in a second of the run."""
+        if not size:
+            return
+        if self.recent[-1][0] != second:
+            self.recent.append([second, 0, 0])
+        self.recent[-1][1] += size
+        self.recent[-1][2] += objects
+        self.peaks = [max(pair) for pair in zip(self.peaks, self.recent[-1][1:])]
+        while second // self.slot_seconds >= SLOTS:
+            self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
+            self.slot_seconds *= 2
+        self.slots += [0] * (second // self.slot_seconds + 1 - len(self.slots))
+        self.slots[-1] += size
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is left out first."""
         counts, objects = self.total.counts, max(1, self.run.objects)
         done = sum(counts[kind] for kind in ("objects", "skipped", "failed", "missing", "different"))
         elapsed = time.monotonic() - self.started
-        recent = [entry for entry in self.seconds if entry[0] >= elapsed - RATE_SECONDS]
-        rate = sum(entry[1] for entry in recent) / min(max(elapsed, 0.1), RATE_SECONDS)
+        recent = sum(size for second, size, _ in self.recent if second >= elapsed - RATE_SECONDS)
         left = elapsed / (done - counts["skipped"]) * (objects - done) if done > counts["skipped"] else math.inf
         pieces = [
             f"{100 * done // objects:3d}%",
             f"{done:,}/{self.run.objects:,} objects",
-            f"{in_bytes(rate)}/s",
+            f"{in_bytes(recent / min(max(elapsed, 0.1), RATE_SECONDS))}/s",
             f"{timedelta(seconds=round(left))} left" if left < 8e6 else "",
             f"{counts['readings']:,} readings",
             f"{counts['retries']:,} retries" if counts["retries"] else "",
@@ -1314,7 +1279,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def day(text: str) -> date:
+def parse_day(text: str) -> date:
     """Parse a day; argparse names the flag."""
     today = datetime.now(timezone.utc).date()
     if text in ("today", "yesterday"):
@@ -1326,49 +1291,33 @@ def day(text: str) -> date:
     raise argparse.ArgumentTypeError(f"{text!r} is not a day: write YYYY-MM-DD, today or yesterday (UTC)")
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers within bounds; argparse names the flag."""
+def numbers(least: float, most: int, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Return a parser of numbers within bounds, whole ones or of kind float; argparse names the flag."""
+    pattern, name = ("[0-9]{1,20}", "whole number") if kind is int else (r"[0-9]{1,20}(\.[0-9]{1,6})?", "number")
 
-    def parse(text: str) -> int:
-        if re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least:,} to {most:,}")
+    def parse(text: str) -> Any:
+        if re.fullmatch(pattern, text) and least <= kind(text) <= most:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:,} to {most:,}")
 
     return parse
 
 
-def rate(text: str) -> float:
-    """Parse a number of objects a second; argparse names the flag."""
-    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) and float(text) > 0:
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of objects a second above 0")
-
-
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Parse a size in bytes, with a decimal or binary unit or none; argparse names the flag."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kKMGT]?)(i?)B?", text)
-    if not match or (match[3] and not match[2]) or float(match[1]) <= 0:
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kKMGT])(i?))?B?", text)
+    if not match or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000000, 500MB, 20GB or 2GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
 
 
-def interval(text: str) -> int:
-    """Parse the seconds between readings; argparse names the flag."""
-    seconds = whole_number(1, DAY_SECONDS)(text)
-    if DAY_SECONDS % seconds:
-        raise argparse.ArgumentTypeError(f"{text} s do not divide a day of {DAY_SECONDS:,} s; take 1, 10, 60 or 900")
-    return seconds
-
-
-def bucket_name(text: str) -> str:
+def parse_bucket(text: str) -> str:
     """Parse a bucket's name by the rules of https://cloud.google.com/storage/docs/buckets#naming."""
+    parts = text.split(".")
     if (
-        not 3 <= len(text) <= (222 if "." in text else 63)
-        or not all(re.fullmatch("[a-z0-9_-]{1,63}", part) for part in text.split("."))
-        or text[0] in "_-"
-        or text[-1] in "_-"
-        or re.fullmatch(r"(\d+\.){3}\d+", text)
-        or re.search("^goog|g[o0][o0]g[l1]e", text)
+        not 3 <= len(text) <= (222 if len(parts) > 1 else 63)
+        or not all(re.fullmatch("[a-z0-9_-]{1,63}", part) for part in parts)
+        or re.search(r"^[_-]|[_-]$|^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$", text)
     ):
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be a bucket: 3 to 63 lower-case letters, digits, '-', '_' and '.', letters or digits at "
@@ -1389,62 +1338,55 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
+
+    def add(flags: str, metavar: str, kind: Any, default: Any, meaning: str, **more: Any) -> None:
+        shown = f" (default: {default:,})" if isinstance(default, int) else f" (default: {default})" if default else ""
+        group.add_argument(*flags.split(), metavar=metavar, type=kind, default=default, help=meaning + shown, **more)
+
+    def switch(flags: str, meaning: str) -> None:
+        group.add_argument(*flags.split(), action="store_true", help=meaning)
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    thread = whole_number(1, 1024)
-    count = whole_number(1, MAX_METERS)
-    engine = "the engine's environment, else one share"
-    # (flag, type, default, metavar, meaning); a flag without a type is a switch, one without a default is required.
-    required = object()
-    groups: dict[str, list[tuple[str, Any, Any, str, str]]] = {
-        "days (UTC)": [
-            ("--start", day, required, "DATE", "first day: YYYY-MM-DD, today or yesterday"),
-            ("--end", day, required, "DATE", "last day, included"),
-        ],
-        "destination": [
-            ("--bucket", bucket_name, None, "NAME", f"upload to gs://NAME (default: {DEFAULT_BUCKET})"),
-            ("--output-dir", str, None, "DIR", "keep the files in DIR instead: no account, no network"),
-        ],
-        "data": [
-            ("--meters", count, 1000, "N", "size of the fleet"),
-            ("--interval", interval, 10, "SECONDS", "seconds between readings; must divide a day"),
-            ("--seed", whole_number(0, 2**63 - 1), DEFAULT_SEED, "N", "fleet and readings follow from it"),
-            ("--meters-per-file", count, 1, "K", "meters that share an object, one after the other"),
-            ("--gzip", None, False, "", "compress the objects (level 1)"),
-        ],
-        "what to do": [
-            ("--resume", None, False, "", "skip the objects that are there already"),
-            ("--verify", None, False, "", "upload nothing; compare names, sizes and CRC32C of what is there"),
-            ("--dry-run", None, False, "", "print the plan and stop"),
-            ("--json", None, False, "", "print the report as a line of JSON on standard output"),
-            ("-v, --verbose", None, False, "", "log each batch and decision"),
-        ],
-        "many machines": [
-            ("--task-index", whole_number(0, MAX_METERS), None, "I", f"which share, from 0 on (default: {engine})"),
-            ("--task-count", count, None, "N", f"how many shares there are (default: {engine})"),
-        ],
-        "tuning": [
-            ("--temp-dir", str, DEFAULT_TEMP_DIR, "DIR", "where files wait for their upload; created if missing"),
-            ("--max-disk", size, None, "SIZE", "most bytes waiting there, as 20GB (default: batches in flight)"),
-            ("--batch-size", whole_number(1, 100_000), 100, "N", "files for each call of the transfer manager"),
-            ("--processes", thread, cores, "N", "pipelines, each with its own threads (the cores it may use)"),
-            ("--write-workers", thread, 1, "N", "threads of a process that generate and write, each a batch"),
-            ("--upload-workers", thread, 2, "N", "batches that a process uploads at once"),
-            ("--transfer-workers", thread, 16, "N", "uploads at once within a batch (max_workers)"),
-            ("--retry-timeout", whole_number(1, DAY_SECONDS), 120, "SECONDS", "how long a request is tried again"),
-            ("--rps-limit", rate, None, "R", "objects a second at most, evenly paced (default: no limit)"),
-        ],
-    }
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for names, parse, default, metavar, meaning in flags:
-            options: dict[str, Any] = {"action": "store_true"}
-            if parse:
-                shown = f" (default: {default:,})" if isinstance(default, int) else ""
-                shown = f" (default: {default})" if default and isinstance(default, str) else shown
-                given = {"required": True} if default is required else {"default": default}
-                options = {"type": parse, "metavar": metavar, **given}
-            group.add_argument(*names.split(", "), help=meaning + (shown if parse else ""), **options)
-    parser.add_argument("-h", "--help", action="help", help="show this page and exit")
+    threads = numbers(1, 1024)
+    meters = numbers(1, MAX_METERS)
+
+    group = parser.add_argument_group("days (UTC)")
+    add("--start", "DATE", parse_day, None, "first day: YYYY-MM-DD, today or yesterday", required=True)
+    add("--end", "DATE", parse_day, None, "last day, included", required=True)
+
+    group = parser.add_argument_group("destination")
+    add("--bucket", "NAME", parse_bucket, None, f"upload to gs://NAME (default: {DEFAULT_BUCKET})")
+    add("--output-dir", "DIR", str, None, "keep the files in DIR instead: no account, no network")
+
+    group = parser.add_argument_group("data")
+    add("--meters", "N", meters, 1000, "size of the fleet")
+    add("--interval", "SECONDS", numbers(1, DAY_SECONDS), 10, "seconds between readings; must divide a day")
+    add("--seed", "N", numbers(0, 2**63 - 1), DEFAULT_SEED, "fleet and readings follow from it")
+    add("--meters-per-file", "K", meters, 1, "meters that share an object, one after the other")
+    switch("--gzip", "compress the objects (level 1)")
+
+    group = parser.add_argument_group("what to do")
+    switch("--resume", "skip the objects that are there already")
+    switch("--verify", "upload nothing; compare names, sizes and CRC32C of what is there")
+    switch("--dry-run", "print the plan and stop")
+    switch("--json", "print the report as a line of JSON on standard output")
+    switch("-v --verbose", "log each batch and decision")
+    group.add_argument("-h", "--help", action="help", help="show this page and exit")
+
+    group = parser.add_argument_group("many machines (default: what the engine's environment says, else one share)")
+    add("--task-index", "I", numbers(0, MAX_METERS), None, "which share of the run this is, from 0 on")
+    add("--task-count", "N", meters, None, "how many shares there are")
+
+    group = parser.add_argument_group("tuning")
+    add("--temp-dir", "DIR", str, DEFAULT_TEMP_DIR, "where files wait for their upload; created if missing")
+    add("--max-disk", "SIZE", parse_size, None, "most bytes waiting there, as 20GB (default: batches in flight)")
+    add("--batch-size", "N", numbers(1, 100_000), 100, "files for each call of the transfer manager")
+    add("--processes", "N", threads, cores, "pipelines, each with its own threads; the cores it may use")
+    add("--write-workers", "N", threads, 1, "threads of a process that generate and write, each a batch")
+    add("--upload-workers", "N", threads, 2, "batches that a process uploads at once")
+    add("--transfer-workers", "N", threads, 16, "uploads at once within a batch (max_workers)")
+    add("--retry-timeout", "SECONDS", numbers(1, DAY_SECONDS), 120, "how long a request is tried again")
+    add("--rps-limit", "R", numbers(1e-6, 10**6, float), None, "objects a second at most, evenly paced")
     return parser
 
 
@@ -1483,24 +1425,20 @@ def plan(args: argparse.Namespace) -> Run:
     """Turn parsed flags into a run. Raises RunError where they do not go together."""
     if args.end < args.start:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
+    if DAY_SECONDS % args.interval:
+        raise RunError(f"--interval {args.interval} does not divide a day of {DAY_SECONDS:,} s; take 1, 10, 60 or 900")
     for flag, other in (("bucket", "output_dir"), ("resume", "verify"), ("max_disk", "output_dir")):
         if getattr(args, flag) and getattr(args, other) not in (None, False):
             raise RunError(f"--{flag} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
-    bucket = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
-    index, count, source = find_task(args)
-    derived = {
-        "bucket": bucket,
-        "directory": args.temp_dir if bucket else args.output_dir,
-        "task_index": index,
-        "task_count": count,
-        "task_source": source,
-    }
-    run = Run(**{name: derived.get(name, getattr(args, name, None)) for name in Run.__dataclass_fields__})
-    least = run.file_disk + run.directories_disk
-    if args.max_disk is not None and args.max_disk < least:
-        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; that takes {least:,} bytes")
+    values = vars(args).copy()
+    values["bucket"] = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
+    values["directory"] = args.temp_dir if values["bucket"] else args.output_dir
+    values["task_index"], values["task_count"], values["task_source"] = find_task(args)
+    run = Run(**{known.name: values[known.name] for known in fields(Run)})
+    if args.max_disk is not None and args.max_disk < run.file_disk:
+        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; that takes {run.file_disk:,} bytes")
     return run
 
 
@@ -1517,7 +1455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = plan(args)
         if args.dry_run:
-            return describe_plan(run)
+            describe_plan(run)
+            return 0
         credentials = find_credentials() if run.bucket else None
         with contextlib.nullcontext(run) if run.verify or not run.slices else claim_directory(run) as claimed:
             describe_plan(run)

@@ -101,7 +101,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
         "267,840,000",
         "31,000 of 682,560 bytes",
         "21,159,360,000 (21.2 GB)",
-        "at most 205,238,272 bytes (205 MB)",
+        "at most 207,667,200 bytes (208 MB)",
         "gs://smart-meter-fake-data-t/dt=YYYY-MM-DD/",
     ):
         assert fact in done.stderr
@@ -110,7 +110,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
 def test_the_plan_of_a_run_that_stays_here_is_exact(tmp_path: Path) -> None:
     done = wattif(*DAYS, "--meters", 3, "--interval", 900, "--output-dir", tmp_path)
     total = sum(map(len, files_below(tmp_path).values()))
-    assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 8192 + 2 * 4096:,} bytes" in done.stderr
+    assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 16384:,} bytes" in done.stderr
     assert "6 objects, 576 readings, 45.5 kB" in done.stderr
 
 

@@ -86,8 +86,9 @@ def test_a_failed_file_stays_and_is_named(expected: Callable[..., dict], tmp_pat
     with Server(fault=lambda request: 400 if request.name == failing else None) as server:
         done = upload(server, "--temp-dir", tmp_path / "temp", *flags)
     assert done.returncode == 1
-    assert f"failed: {tmp_path}/temp/.wattif-spool/0/{failing}: HTTP 400" in done.stderr and "1 failed" in done.stderr
-    assert files_below(tmp_path / "temp") == {f".wattif-spool/0/{failing}": wanted.pop(failing)}
+    ((left, content),) = files_below(tmp_path / "temp").items()
+    assert left.endswith(failing) and content == wanted.pop(failing)
+    assert f"failed: {tmp_path}/temp/{left}: HTTP 400" in done.stderr and "1 failed" in done.stderr
     assert contents(server) == wanted
 
 
@@ -122,7 +123,7 @@ def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> N
     def measure(request: Request) -> int | None:
         nonlocal peak
         waiting = 0
-        for path in (tmp_path / ".wattif-spool").glob("**/*"):
+        for path in tmp_path.glob(".wattif-*/**/*"):
             try:
                 waiting += path.lstat().st_blocks * 512
             except FileNotFoundError:
@@ -133,12 +134,12 @@ def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> N
     with Server(delay=0.01, fault=measure) as server:
         done = upload(server, "--temp-dir", tmp_path, *ONE, "--interval", 60, "--meters", 60, "--batch-size", 4)
     bound = announced(done.stderr)
-    assert bound == 4 * 3 * 28 * 4096 + 7 * 4096
+    assert bound == 4 * 3 * (28 + 2) * 4096
     assert bound * 0.6 < peak <= bound
     assert done.returncode == int(failing)
     if failing:
         assert "error: files whose upload failed fill the disk" in done.stderr
-        assert len(server.objects) < 90 and len(list(tmp_path.rglob("*.ndjson"))) == 12
+        assert len(server.objects) < 90 and 8 < len(list(tmp_path.rglob("*.ndjson"))) <= 12
     else:
         assert len(server.objects) == 120
 

@@ -160,22 +160,23 @@ def some_progress(*flags: str) -> Any:
 
 
 def test_latencies_are_within_the_stated_error() -> None:
-    gauge = generator.Gauge(60.0)
-    request = SimpleNamespace(method="POST", body=None, url="")
+    gauge = generator.Gauge(60.0, None, bytearray(1))
+    request = SimpleNamespace(method="POST", body=None, url="", headers={})
     seconds = [0.001 * 1.1**exponent for exponent in range(100)]
     for latency in seconds:
-        gauge.note(request, 0.0, 204, latency)
+        gauge.begin(request)
+        gauge.end(request, 204, latency)
     progress = some_progress()
     progress.update(gauge.drain())
     for share, latency in ((0.5, seconds[49]), (0.95, seconds[94]), (0.99, seconds[98]), (1.0, seconds[99])):
         assert progress.latency(share) == pytest.approx(latency, rel=0.025)
-    assert not gauge.answers
+    assert not gauge.counts
 
 
 def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = some_progress("--output-dir", "x")
     now = [0.0]
-    progress.started = progress.painted = progress.logged = 0.0
+    progress.started = progress.shown = 0.0
     monkeypatch.setattr(generator.time, "monotonic", lambda: now[0])
     for _ in range(10_000):
         now[0] += 1.0
@@ -227,14 +228,16 @@ def test_a_paced_run_stops_soon(tmp_path: Path) -> None:
 
 
 def test_an_outage_begins_after_the_last_success() -> None:
-    gauge = generator.Gauge(60.0)
-    request = SimpleNamespace(method="GET", body=None, url="")
-    gauge.note(request, time.monotonic(), 200, 0.1)
-    gauge.note(request, time.monotonic() - 100, 503, 100.0)  # it began long before
+    gauge = generator.Gauge(60.0, None, bytearray(1))
+    request = SimpleNamespace(method="GET", body=None, url="", headers={})
+    gauge.begin(request)
+    gauge.end(request, 200, 0.1)
+    gauge.last.started -= 100  # the next answer is to a request that began long before
+    gauge.end(request, 503, 100.0)
     assert time.monotonic() - gauge.failing_since < 10
-    gauge.note(request, time.monotonic(), 408, 0.1)
+    gauge.end(request, 408, 0.1)
     assert time.monotonic() - gauge.failing_since < 10
-    gauge.note(request, time.monotonic(), 404, 0.1)
+    gauge.end(request, 404, 0.1)
     assert gauge.failing_since == math.inf
 
 
