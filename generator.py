@@ -401,20 +401,14 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
     """
     part = os.path.join(os.path.dirname(path), f".{threading.get_native_id()}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    size = 0
     try:
-        for chunk in chunks:
-            size += len(chunk)
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+        with open(descriptor, "wb") as file:
+            size = sum(map(file.write, chunks))
         os.rename(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-    finally:
-        os.close(descriptor)
     return size
 
 
@@ -627,8 +621,7 @@ class Pipeline:
     @property
     def days(self) -> Iterator[date]:
         """The days of the run, until it is to stop."""
-        days = map(date.fromordinal, range(self.run.start.toordinal(), self.run.end.toordinal() + 1))
-        return itertools.takewhile(lambda _: not self.stopping, days)
+        return itertools.takewhile(lambda _: not self.stopping, map(date.fromordinal, self.run.days))
 
     def folder(self, day: date, number: int = 0) -> str:
         """Return where files of a day are written; those that are uploaded, a directory for each batch."""
@@ -689,7 +682,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
         for batch in plan_batches(pipeline, batch_files):
             while len(pending) == batches or (pending and free < len(batch.files)):
                 settle()
-            if free < len(batch.files):
+            if not pipeline.stopping and free < len(batch.files):
                 reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
                 pipeline.report(Outcome(fatal=reason))
             if pipeline.stopping:
@@ -836,7 +829,7 @@ def verify_slice(pipeline: Pipeline) -> None:
 # A run: its directory, its processes, its signals
 
 
-def run_slice(run: Run, index: int, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
+def run_slice(run: Run, credentials: Any, active: Any, index: int, stopping: list[str], report: Report) -> None:
     """Do or verify the index-th slice; what makes that impossible ends the run."""
 
     def tell(outcome: Outcome) -> None:
@@ -956,16 +949,15 @@ def keep_freed_memory() -> None:
     Otherwise every buffer of an object's size is a new mapping, page by page. See mallopt(3) for the numbers.
     """
     trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
+    values = {mmap_threshold: 32 << 20, trim_threshold: 512 << 20, top_pad: 16 << 20, arena_max: 1}
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 512 << 20)
-        mallopt(top_pad, 16 << 20)
-        mallopt(arena_max, 1)
+        for parameter, value in values.items():
+            mallopt(parameter, value)
 
 
-def run_child(run: Run, index: int, credentials: Any, active: Any, ours: Connection, theirs: Connection) -> None:
-    """Be one of several processes: do a slice and send what became of each batch, at last None.
+def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: Connection) -> None:
+    """Be one of several processes: do the index-th slice and send what became of each batch.
 
     Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
     """
@@ -981,32 +973,39 @@ def run_child(run: Run, index: int, credentials: Any, active: Any, ours: Connect
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    run_slice(run, index, credentials, active, stopping, ours.send)
-    ours.send(None)
+    work(index, stopping, ours.send)
 
 
-def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], report: Report) -> None:
+def start_children(run: Run, work: Callable[..., None], stack: contextlib.ExitStack) -> dict[Connection, Any]:
+    """Start a process for each slice and return them by the connections to them, which the stack closes.
+
+    Raises RunError where the machine has no room for so many.
+    """
+    context = multiprocessing.get_context("fork")
+    children = {}
+    for index in range(len(run.slices)):
+        try:
+            ours, theirs = map(stack.enter_context, context.Pipe())
+            children[ours] = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
+            children[ours].start()
+        except OSError as error:
+            reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
+            raise RunError(reason) from None
+        theirs.close()
+    return children
+
+
+def run_children(run: Run, work: Callable[..., None], active: Any, stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists.
 
-    However this function ends, the connections are closed, and a child without one ends too: at once the child that
-    was started last, which has a copy of the others' connections, then the one before it.
+    However this function ends, the connections are closed, and a child without one ends too: at once the one that
+    was started last, which alone has copies of the others' connections, then the one before it, and so on.
     """
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
-    context = multiprocessing.get_context("fork")
-    children: dict[Connection, tuple[multiprocessing.process.BaseProcess, int]] = {}
     with contextlib.ExitStack() as stack:
-        for index in range(len(run.slices)):
-            try:
-                ours, theirs = map(stack.enter_context, context.Pipe())
-                arguments = (run, index, credentials, active, theirs, ours)
-                process = context.Process(target=run_child, args=arguments, daemon=True)
-                process.start()
-            except OSError as error:
-                reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
-                raise RunError(reason) from None
-            theirs.close()
-            children[ours] = (process, index)
+        children = start_children(run, work, stack)
+        indices = dict(zip(children, itertools.count()))
         told = False
         while children:
             if stopping and not told:
@@ -1016,21 +1015,17 @@ def run_children(run: Run, credentials: Any, active: Any, stopping: list[str], r
                         connection.send("stop")
             report(Outcome())
             for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
-                process, index = children[connection]
-                outcome = None
                 try:
                     outcome = connection.recv()
                 except (EOFError, OSError):
-                    process.join()
+                    child, index = children.pop(connection), indices[connection]
+                    child.join()
                     active[index] = 0
                     meters = run.meters_of(run.slices[index])
-                    ending = f"their process ended with exit code {process.exitcode}; run again with --resume"
-                    report(Outcome(failures=[f"meters {meters[0]} to {meters[-1]}: {ending}"]))
-                if outcome:
-                    report(outcome)
-                else:
-                    process.join()
-                    del children[connection]
+                    ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
+                    failures = [f"meters {meters[0]} to {meters[-1]}: {ending}"] if child.exitcode else []
+                    outcome = Outcome(failures=failures)
+                report(outcome)
 
 
 def execute(run: Run, credentials: Any, progress: Progress) -> int:
@@ -1059,11 +1054,12 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
         signal.signal(number, stop)
     keep_freed_memory()
     active = mmap.mmap(-1, max(1, len(run.slices)))  # anonymous, so that children share it
+    work = functools.partial(run_slice, run, credentials, active)
     try:
         if len(run.slices) > 1:
-            run_children(run, credentials, active, stopping, report)
+            run_children(run, work, active, stopping, report)
         elif run.slices:
-            run_slice(run, 0, credentials, active, stopping, report)
+            work(0, stopping, report)
     except RunError as error:
         report(Outcome(fatal=str(error)))
     return progress.conclude(signals[0] if signals else 0)

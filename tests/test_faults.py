@@ -391,5 +391,6 @@ def test_a_soak_of_faults_a_kill_and_a_resume(expected: Callable[..., dict], tmp
         assert process.returncode == 1 and len(server.objects) < 2000
         done = upload(server, "--temp-dir", temp, *flags, "--resume")
         assert done.returncode == 0, done.stderr
-        assert upload(server, "--temp-dir", temp, *flags, "--verify").returncode == 0
+        done = upload(server, "--temp-dir", temp, *flags, "--verify")
+        assert done.returncode == 0, done.stderr
     assert contents(server) == expected(*flags) and len(server.objects) == 2000 and not spool(temp)
