@@ -226,6 +226,7 @@ def draw_fleet(seed: int, meters: range, stopping: Sequence[str] = ()) -> array[
     rejects at most every eighth number that is new; a number that was drawn before is always rejected. What is
     drawn ends with a block where the run is to stop.
     """
+    log.debug("drawing meters %d to %d", meters[0], meters[-1])
     fleet = array("Q")
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         if stopping:
@@ -279,14 +280,6 @@ class Slice:
             indices = range(start, min(self.files.stop, (block + 1) * BLOCK_METERS))
             order.extend(sorted(indices, key=lambda index: self.fleet[index - self.files.start]))
         return order
-
-
-def draw_slice(run: Run, files: range, stopping: Sequence[str]) -> Slice:
-    """Draw the meters of contiguous files."""
-    meters = run.meters_of(files)
-    fleet = draw_fleet(run.seed, meters, stopping)
-    log.debug("drew meters %d to %d", meters[0], meters[-1])
-    return Slice(run, files, fleet)
 
 
 # The day template and the readings
@@ -632,7 +625,7 @@ class Pipeline:
 def plan_batches(pipeline: Pipeline, batch_files: int) -> Iterator[Batch]:
     """Draw the fleet and yield day by day, batch by batch, what is to be made, with --resume what is missing."""
     run, files = pipeline.run, pipeline.files
-    own = draw_slice(run, files, pipeline.stopping)
+    own = Slice(run, files, draw_fleet(run.seed, run.meters_of(files), pipeline.stopping))
     numbers = itertools.count()
     for day in pipeline.days:
         wanted = bytearray(b"\1") * len(files)
@@ -808,7 +801,7 @@ def verify_slice(pipeline: Pipeline) -> None:
         blocks = range(files.start // BLOCK_METERS, -(-files.stop // BLOCK_METERS))
         around = range(blocks.start * BLOCK_METERS, min(blocks.stop * BLOCK_METERS, run.meters))
         told = told if files.start == around.start else f"02{blocks.start + 1:04X}"
-    own = draw_slice(run, around, pipeline.stopping)
+    own = Slice(run, around, draw_fleet(run.seed, run.meters_of(around), pipeline.stopping))
     for day in pipeline.days:
         template, outcome = render_day_template(day, run.interval), Outcome()
         for number, (index, entry) in enumerate(compare(own, list_day(pipeline, day))):
@@ -935,11 +928,9 @@ def find_credentials() -> Any:
     try:
         return google.auth.default()[0]
     except (GoogleAuthError, OSError, ValueError, AttributeError) as error:
-        where = "GOOGLE_APPLICATION_CREDENTIALS"
-        named = f"{where}={os.environ[where]!r} is of no use" if where in os.environ else "there are none here"
         raise RunError(
-            f"--bucket needs Google credentials, and {named} ({explain(error)}): run 'gcloud auth application-default "
-            "login', give the VM a service account, or keep the files with --output-dir"
+            f"--bucket needs Google credentials ({explain(error)}): run 'gcloud auth application-default login', "
+            "give the VM a service account, or keep the files with --output-dir"
         ) from None
 
 
@@ -976,25 +967,6 @@ def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: C
     work(index, stopping, ours.send)
 
 
-def start_children(run: Run, work: Callable[..., None], stack: contextlib.ExitStack) -> dict[Connection, Any]:
-    """Start a process for each slice and return them by the connections to them, which the stack closes.
-
-    Raises RunError where the machine has no room for so many.
-    """
-    context = multiprocessing.get_context("fork")
-    children = {}
-    for index in range(len(run.slices)):
-        try:
-            ours, theirs = map(stack.enter_context, context.Pipe())
-            children[ours] = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
-            children[ours].start()
-        except OSError as error:
-            reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
-            raise RunError(reason) from None
-        theirs.close()
-    return children
-
-
 def run_children(run: Run, work: Callable[..., None], active: Any, stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists.
 
@@ -1003,9 +975,19 @@ def run_children(run: Run, work: Callable[..., None], active: Any, stopping: lis
     """
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
+    context = multiprocessing.get_context("fork")
+    children: dict[Connection, tuple[int, multiprocessing.process.BaseProcess]] = {}
     with contextlib.ExitStack() as stack:
-        children = start_children(run, work, stack)
-        indices = dict(zip(children, itertools.count()))
+        try:
+            for index in range(len(run.slices)):
+                ours, theirs = map(stack.enter_context, context.Pipe())
+                child = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
+                child.start()
+                theirs.close()
+                children[ours] = (index, child)
+        except OSError as error:
+            reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
+            raise RunError(reason, 1) from None
         told = False
         while children:
             if stopping and not told:
@@ -1018,7 +1000,7 @@ def run_children(run: Run, work: Callable[..., None], active: Any, stopping: lis
                 try:
                     outcome = connection.recv()
                 except (EOFError, OSError):
-                    child, index = children.pop(connection), indices[connection]
+                    index, child = children.pop(connection)
                     child.join()
                     active[index] = 0
                     meters = run.meters_of(run.slices[index])
