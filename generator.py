@@ -53,6 +53,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from urllib.parse import urlsplit
 
 import orjson
 from bloom_filter import BloomFilter
@@ -85,14 +86,14 @@ CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by 
 
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
-SPOOL = re.compile(r"\.wattif-(\d+)")  # the directory of a run's process, in the temp directory
-SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|\.\d+\.part")
+SPOOL = re.compile(r"\.wattif-(\d+)-\w+")  # the directory of a run's process, in the temp directory
+SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|\.[0-9a-f]+\.part")
 DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
 REQUEST_TIMEOUT = 60.0
 TICK_SECONDS = 0.1  # between looks at what has happened, and between live lines
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
-PACED_BATCH_SECONDS = 5  # so that a paced run stops soon after a signal
+PACED_SECONDS = 5  # of uploads that a paced run has in flight, so that it stops soon after a signal
 NAMED = 20  # of what --verify finds
 SLOTS = 60  # of the throughput over a run
 RATE_SECONDS = 10  # over which the live line's MB/s are taken
@@ -155,7 +156,8 @@ class Run:
     def slices(self) -> list[range]:
         """Each process's share of this task's files of a day: contiguous, none of them empty."""
         files = share(self.day_files, self.task_index, self.task_count)
-        count = min(self.processes, len(files), (self.max_disk or sys.maxsize) // self.file_disk)
+        room = (self.max_disk or sys.maxsize) // self.file_disk
+        count = min(self.processes, len(files), room, math.ceil(self.rps_limit or sys.maxsize))
         return [share(files, index, count) for index in range(count)]
 
     def meters_of(self, files: range) -> range:
@@ -179,8 +181,8 @@ class Run:
 
     @property
     def file_disk(self) -> int:
-        """The most bytes of disk that a file takes, with a block each for its directory and the one above."""
-        return (-(-self.file_bytes() // DISK_BLOCK) + 2) * DISK_BLOCK
+        """The most bytes of disk that a file takes; one to be uploaded with a directory and the one above that."""
+        return (-(-self.file_bytes() // DISK_BLOCK) + 2 * bool(self.bucket)) * DISK_BLOCK
 
     @property
     def batches(self) -> int:
@@ -196,7 +198,9 @@ class Run:
     @property
     def disk_bytes(self) -> int:
         """The most disk that this task uses at once."""
-        return self.file_disk * (sum(map(self.files_on_disk, self.slices)) if self.bucket else self.objects)
+        if self.bucket:
+            return self.file_disk * sum(map(self.files_on_disk, self.slices))
+        return self.file_disk * self.objects + len(self.days) * DISK_BLOCK
 
     @property
     def destination(self) -> str:
@@ -276,9 +280,10 @@ class Slice:
             return self.files
         order = array("Q")
         for block in range(self.files.start // BLOCK_METERS, -(-self.files.stop // BLOCK_METERS)):
-            start = max(self.files.start, block * BLOCK_METERS)
-            indices = range(start, min(self.files.stop, (block + 1) * BLOCK_METERS))
-            order.extend(sorted(indices, key=lambda index: self.fleet[index - self.files.start]))
+            first = block * BLOCK_METERS
+            indices = range(max(self.files.start, first), min(self.files.stop, first + BLOCK_METERS))
+            keys = sorted(self.fleet[index - self.files.start] * BLOCK_METERS + index - first for index in indices)
+            order.extend(first + key % BLOCK_METERS for key in keys)
         return order
 
 
@@ -392,8 +397,8 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
 
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
-    part = os.path.join(os.path.dirname(path), f".{threading.get_native_id()}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    part = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.part")  # unique on a shared disk, too
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
             size = sum(map(file.write, chunks))
@@ -408,9 +413,12 @@ def write_file(path: str, chunks: Iterable[bytes | bytearray], mode: int) -> int
 def write_batch(run: Run, batch: Batch) -> list[int]:
     """Write the files of a batch and return their sizes. Raises OSError where the disk refuses."""
     started = time.perf_counter()
-    folder_mode, mode = (0o700, 0o600) if run.bucket else (0o777, 0o666)
-    os.makedirs(batch.folder, folder_mode, exist_ok=True)
+    if run.bucket:
+        os.mkdir(batch.folder, 0o700)
+    else:
+        os.makedirs(batch.folder, exist_ok=True)
     paths = (os.path.join(batch.folder, file.name) for file in batch.files)
+    mode = 0o600 if run.bucket else 0o666
     sizes = [write_file(path, chunks, mode) for path, chunks in zip(paths, batch_contents(run, batch))]
     log.debug("%s: wrote %d files in %.3f s", batch.day, len(sizes), time.perf_counter() - started)
     return sizes
@@ -418,28 +426,30 @@ def write_batch(run: Run, batch: Batch) -> list[int]:
 
 def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future[list[int]]) -> Outcome:
     """Wait until a batch is written, upload it if there is a bucket, delete what arrived, and count."""
-    outcome = Outcome()
     try:
         sizes = written.result()
         started = time.perf_counter()
         errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
-        for file, size, error in zip(batch.files, sizes, errors):
-            path = os.path.join(batch.folder, file.name)
-            if error:
-                outcome.add(Outcome(Counter(failed=1), [f"{path}: {explain(error)}"], refusal(error, run)))
-                continue
-            outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
+    except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
+        return Outcome(fatal=f"no batch in {batch.folder}: {explain(error)}; see to it, then run with --resume")
+    outcome = Outcome()
+    for file, size, error in zip(batch.files, sizes, errors):
+        path = os.path.join(batch.folder, file.name)
+        if error:
+            outcome.add(Outcome(Counter(failed=1), [f"{path}: {explain(error)}"], refusal(error, run)))
+            continue
+        outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
+        try:
             if bucket:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-        if bucket:
-            done, seconds = outcome.counts["objects"], time.perf_counter() - started
-            log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
-            with contextlib.suppress(OSError):  # it holds a file whose upload failed
-                os.rmdir(batch.folder)
-    except OSError as error:
-        reason = f"the disk refuses {error.filename or batch.folder}: {error.strerror}"
-        outcome.fatal = f"{reason}; see to it, or make room, then run with --resume"
+                os.unlink(path)
+        except OSError as refused:
+            if not isinstance(refused, FileNotFoundError):
+                outcome.fatal = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
+    if bucket:
+        done, seconds = outcome.counts["objects"], time.perf_counter() - started
+        log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
+        with contextlib.suppress(OSError):  # it holds a file whose upload failed
+            os.rmdir(batch.folder)
     return outcome
 
 
@@ -462,26 +472,26 @@ class Gauge:
     lock: threading.Lock = field(default_factory=threading.Lock)
     last: threading.local = field(default_factory=threading.local)  # the thread's last request
     next_upload: float = 0.0
-    succeeded: float = 0.0
-    failing_since: float = math.inf
+    succeeded: float = 0.0  # when a request last was
+    failing: dict[Any, float] = field(default_factory=dict)  # the calls that failed since, and from when on
 
     def begin(self, request: Any) -> None:
         """See to a request that is about to be sent: count a retry, let uploads begin evenly, at their turn.
 
-        Raises Outage where nothing was accepted for too long.
+        Raises Outage where several calls have failed and none succeeded for too long.
         """
-        if time.monotonic() - self.failing_since > self.patience:
-            raise Outage(f"nothing was accepted for {self.patience:.0f} s")
         # The first of these headers has an ID of the library's call.
         call = (request.url, request.headers.get("x-goog-api-client"), request.headers.get("content-range"))
-        if call == getattr(self.last, "call", None):
-            with self.lock:
-                self.counts["retries"] += 1
-        elif self.limit and request.method == "POST":
-            with self.lock:
+        again = call == getattr(self.last, "call", None)
+        with self.lock:
+            turn = time.monotonic()
+            if len(self.failing) > 1 and turn - min(self.failing.values()) > self.patience:
+                raise Outage(f"nothing was accepted for {self.patience:.0f} s")
+            self.counts["retries"] += again
+            if self.limit and request.method == "POST" and not again:
                 pace = max(1, sum(self.active[:])) / self.limit
-                turn = self.next_upload = max(self.next_upload + pace, time.monotonic())
-            time.sleep(max(0.0, turn - time.monotonic()))
+                turn = self.next_upload = max(self.next_upload + pace, turn)
+        time.sleep(max(0.0, turn - time.monotonic()))
         self.last.call, self.last.started = call, time.monotonic()
 
     def end(self, request: Any, status: int = 0, seconds: float = 0.0) -> None:
@@ -495,9 +505,10 @@ class Gauge:
                 self.counts["sent_bytes"] += size
                 self.counts["arrived"] += status == 200 and (request.method == "PUT" or "=multipart" in request.url)
             if status in (0, 408, 429) or status >= 500:
-                self.failing_since = min(self.failing_since, max(self.last.started, self.succeeded))
+                self.failing.setdefault(self.last.call, max(self.last.started, self.succeeded))
             else:
-                self.succeeded, self.failing_since = time.monotonic(), math.inf
+                self.succeeded = time.monotonic()
+                self.failing.clear()
 
     def drain(self) -> Outcome:
         """Return what was counted since the last time."""
@@ -581,20 +592,17 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
     from google.auth.exceptions import GoogleAuthError, TransportError
 
     code = getattr(error, "code", None)
-    if code == 401 or (isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)):
-        remedy = "the credentials were not accepted: log in again, or give the VM a service account"
-    elif code == 403 and listing:
-        remedy = f"no permission to list gs://{run.bucket}: grant roles/storage.objectViewer on it"
-    elif code == 403:
-        remedy = (
-            f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser on it; "
-            "with a role that only creates, --resume skips what is there"
-        )
-    elif code == 404:
-        remedy = f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket"
-    else:
-        return ""
-    return f"{remedy} ({explain(error)})"
+    if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
+        code = 401
+    remedies = {
+        401: "the credentials were not accepted: log in again, or give the VM a service account",
+        403: f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser "
+        "on it; with a role that only creates, --resume skips what is there",
+        404: f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket",
+    }
+    if listing:
+        remedies[403] = f"no permission to list gs://{run.bucket}: grant roles/storage.objectViewer on it"
+    return f"{remedies[code]} ({explain(error)})" if code in remedies else ""
 
 
 # The pipeline of one process
@@ -631,7 +639,8 @@ def plan_batches(pipeline: Pipeline, batch_files: int) -> Iterator[Batch]:
         wanted = bytearray(b"\1") * len(files)
         if run.resume:
             for index, entry in compare(own, list_day(pipeline, day)):
-                if index is not None and entry and (run.gzip or entry.size == run.file_bytes(index)):
+                known = run.file_bytes(index) if index is not None and not run.gzip else 0
+                if index is not None and entry and entry.size and known in (0, entry.size):
                     wanted[index - files.start] = 0
             pipeline.report(Outcome(Counter(skipped=wanted.count(0))))
         template = render_day_template(day, run.interval) if any(wanted) else b""
@@ -648,12 +657,11 @@ def run_pipeline(pipeline: Pipeline) -> None:
     run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
     """
     run, gauge = pipeline.run, pipeline.gauge
-    free, batches, failed_in_a_row = run.files_on_disk(pipeline.files), run.batches, 0
-    batch_files = max(1, free // batches)
-    if gauge.limit:  # a paced run is to stop soon after a signal, too
-        pace = len(run.slices) / gauge.limit
-        batch_files = min(batch_files, max(1, int(PACED_BATCH_SECONDS / pace)))
-        batches = 1 if pace > 1 else batches
+    free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
+    in_flight = free  # a paced run is to stop soon after a signal, too
+    if gauge.limit:
+        in_flight = max(1, int(PACED_SECONDS * gauge.limit / len(run.slices)))
+    batch_files = max(1, min(free, in_flight) // run.batches)
     pending: dict[Future[Outcome], int] = {}
 
     def settle() -> None:
@@ -668,26 +676,28 @@ def run_pipeline(pipeline: Pipeline) -> None:
                 reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
                 outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
             pipeline.report(outcome)
+        gauge.active[gauge.index] = bool(pending)
 
     with contextlib.ExitStack() as stack:
         write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
         upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
         for batch in plan_batches(pipeline, batch_files):
-            while len(pending) == batches or (pending and free < len(batch.files)):
+            while pending and (
+                len(pending) == run.batches or len(batch.files) > min(free, in_flight - sum(pending.values()))
+            ):
                 settle()
             if not pipeline.stopping and free < len(batch.files):
                 reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
                 pipeline.report(Outcome(fatal=reason))
             if pipeline.stopping:
                 break
-            gauge.active[gauge.index] = 1
             free -= len(batch.files)
+            gauge.active[gauge.index] = 1
             written = write_executor.submit(write_batch, run, batch)
             delivered = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, written)
             pending[delivered] = len(batch.files)
         while pending:
             settle()
-    gauge.active[gauge.index] = 0
     pipeline.report(gauge.drain())
 
 
@@ -695,7 +705,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
 
 
 class Entry(NamedTuple):
-    """What the destination has under a name; the CRC32C only of an object."""
+    """What the destination has under a name; the CRC32C only of an object, else -1."""
 
     name: str
     size: int
@@ -713,12 +723,17 @@ def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
     return size, checksum
 
 
+def block_prefix(block: int) -> str:
+    """Return what the names of a block's meters begin with."""
+    return f"{(LOCALLY_ADMINISTERED >> SUFFIX_BITS) + block:06X}"
+
+
 def name_range(run: Run, files: range) -> tuple[str, str | None]:
     """Bound the names of a slice's files, from the first name to before the second; at the ends, all of the day's."""
     meters = run.meters_of(files)
     first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
     if run.meters_per_file == 1:
-        first, last = f"02{meters.start // BLOCK_METERS:04X}", f"02{meters[-1] // BLOCK_METERS + 1:04X}"
+        first, last = block_prefix(meters.start // BLOCK_METERS), block_prefix(meters[-1] // BLOCK_METERS + 1)
     return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
 
 
@@ -734,14 +749,11 @@ def list_partition(run: Run, bucket: Bucket | None, prefix: str, first: str, las
         folder = os.path.join(run.directory, prefix)
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             if not name.endswith(".part"):
-                yield Entry(name, os.lstat(folder + name).st_size, 0)
+                yield Entry(name, os.lstat(folder + name).st_size, -1)
 
 
 def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
-    """Yield what a day has within the names of the slice, in their order, until the run is to stop.
-
-    Raises RunError where the destination cannot be listed.
-    """
+    """Yield what a day has within the names of the slice, in their order, until the run is to stop."""
     run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
     first, last = name_range(run, pipeline.files)
     try:
@@ -754,7 +766,7 @@ def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
         if not (isinstance(error, OSError) or type(error).__module__.startswith("google.")):
             raise
         reason = refusal(error, run, listing=True) if bucket else ""
-        raise RunError(reason or f"cannot list {run.destination}/{prefix}: {explain(error)}", 1) from None
+        pipeline.report(Outcome(fatal=reason or f"cannot list {run.destination}/{prefix}: {explain(error)}"))
 
 
 def compare(own: Slice, entries: Iterator[Entry]) -> Iterator[tuple[int | None, Entry | None]]:
@@ -781,7 +793,7 @@ def check_file(pipeline: Pipeline, batch: Batch, entry: Entry | None) -> Outcome
     if entry:
         size, checksum = measure(next(batch_contents(run, batch)))
         if size == entry.size and not pipeline.bucket:
-            with open(os.path.join(batch.folder, file.name), "rb") as opened:
+            with contextlib.suppress(OSError), open(os.path.join(batch.folder, file.name), "rb") as opened:
                 entry = Entry(file.name, *measure(iter(lambda: opened.read(1 << 20), b"")))
         if (size, checksum) == entry[1:]:
             return Outcome(Counter(objects=1, readings=run.rows * len(file.meters), bytes=size))
@@ -800,7 +812,7 @@ def verify_slice(pipeline: Pipeline) -> None:
     if run.meters_per_file == 1:
         blocks = range(files.start // BLOCK_METERS, -(-files.stop // BLOCK_METERS))
         around = range(blocks.start * BLOCK_METERS, min(blocks.stop * BLOCK_METERS, run.meters))
-        told = told if files.start == around.start else f"02{blocks.start + 1:04X}"
+        told = told if files.start == around.start else block_prefix(blocks.start + 1)
     own = Slice(run, around, draw_fleet(run.seed, run.meters_of(around), pipeline.stopping))
     for day in pipeline.days:
         template, outcome = render_day_template(day, run.interval), Outcome()
@@ -817,6 +829,7 @@ def verify_slice(pipeline: Pipeline) -> None:
                 pipeline.report(outcome)
                 outcome = pipeline.gauge.drain()
         pipeline.report(outcome)
+    pipeline.report(pipeline.gauge.drain())
 
 
 # A run: its directory, its processes, its signals
@@ -904,8 +917,8 @@ def claim_directory(run: Run) -> Iterator[Run]:
                 clear_spools(run.directory)
             check_room(run, flag)
             if run.bucket:
-                run = replace(run, directory=os.path.join(run.directory, f".wattif-{os.getpid()}"))
-                os.mkdir(run.directory, 0o700)
+                spool = tempfile.mkdtemp(prefix=f".wattif-{os.getpid()}-", dir=run.directory)
+                run = replace(run, directory=spool)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
@@ -919,9 +932,11 @@ def find_credentials() -> Any:
     """Find the Application Default Credentials, or None for an emulator. Raises RunError where there are none."""
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
-        if not re.match("https?://[^/]", emulator):
-            raise RunError("STORAGE_EMULATOR_HOST must begin with http:// or https://; with --bucket it is used")
-        return None
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(emulator)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                return None
+        raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; with --bucket it is used")
     import google.auth
     from google.auth.exceptions import GoogleAuthError
 
@@ -939,22 +954,22 @@ def keep_freed_memory() -> None:
 
     Otherwise every buffer of an object's size is a new mapping, page by page. See mallopt(3) for the numbers.
     """
-    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
-    values = {mmap_threshold: 32 << 20, trim_threshold: 512 << 20, top_pad: 16 << 20, arena_max: 1}
+    mmap_threshold, trim_threshold, top_pad, arena_max = (-3, 32 << 20), (-1, 512 << 20), (-2, 16 << 20), (-8, 1)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in values.items():
+        for parameter, value in (mmap_threshold, trim_threshold, top_pad, arena_max):
             mallopt(parameter, value)
 
 
-def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: Connection) -> None:
+def run_child(work: Callable[..., None], index: int, ours: Connection, others: Sequence[Connection]) -> None:
     """Be one of several processes: do the index-th slice and send what became of each batch.
 
     Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    theirs.close()
+    for other in others:  # a copy would hide that the parent is gone
+        other.close()
     stopping: list[str] = []
 
     def follow_parent() -> None:
@@ -970,8 +985,7 @@ def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: C
 def run_children(run: Run, work: Callable[..., None], active: Any, stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists.
 
-    However this function ends, the connections are closed, and a child without one ends too: at once the one that
-    was started last, which alone has copies of the others' connections, then the one before it, and so on.
+    However this function ends, the connections are closed, and a child without one ends too.
     """
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
@@ -981,7 +995,7 @@ def run_children(run: Run, work: Callable[..., None], active: Any, stopping: lis
         try:
             for index in range(len(run.slices)):
                 ours, theirs = map(stack.enter_context, context.Pipe())
-                child = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
+                child = context.Process(target=run_child, args=(work, index, theirs, [ours, *children]), daemon=True)
                 child.start()
                 theirs.close()
                 children[ours] = (index, child)
@@ -1020,6 +1034,7 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
 
     def stop(number: int, frame: Any) -> None:
         if signals:
+            os.write(sys.stderr.fileno(), ERASE.encode() if on_terminal() else b"")
             os._exit(128 + number)
         signals.append(number)
         stopping.append("signal")
@@ -1083,7 +1098,8 @@ def describe_plan(run: Run) -> None:
     say(f"objects      {run.objects:,} of {inexact}{run.file_bytes():,} bytes")
     say(f"bytes        {size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}")
     say(f"processes    {len(run.slices)}")
-    say(f"disk         at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}")
+    if not run.verify:
+        say(f"disk         at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}")
     say(f"destination  {run.destination}/dt=YYYY-MM-DD/")
 
 
@@ -1107,7 +1123,7 @@ class Progress:
         if self.run.verify:
             del self.total.failures[NAMED:]  # the counts tell how many there are
         now = time.monotonic()
-        kinds = ("sent_bytes", "arrived") if self.run.bucket else ("bytes", "objects")
+        kinds = ("sent_bytes", "arrived") if self.run.bucket and not self.run.verify else ("bytes", "objects")
         self.count(int(now - self.started), *(outcome.counts[kind] for kind in kinds))
         if on_terminal() and now - self.shown >= TICK_SECONDS:
             self.shown = now
@@ -1210,7 +1226,8 @@ class Progress:
         if total.fatal:
             say(f"error: {total.fatal}")
         if number:
-            say(f"stopped by {signal.Signals(number).name}; --resume goes on where this run ended")
+            advice = "run it again" if run.verify else "--resume goes on where this run ended"
+            say(f"stopped by {signal.Signals(number).name}; {advice}")
         say(
             f"{counts['objects']:,} objects, {counts['readings']:,} readings, {in_bytes(counts['bytes'])} in "
             f"{summary['elapsed_seconds']:.2f} s: {summary['mean_objects_per_second']:,.1f} objects/s, "
@@ -1231,9 +1248,12 @@ class Progress:
         if len(self.slots) > 1:
             peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
             say(f"throughput   {sparkline(self.slots)} at most {peaks}")
-        if self.as_json:
-            with contextlib.suppress(BrokenPipeError):
+        if self.as_json and sys.stdout:
+            try:
                 os.write(sys.stdout.fileno(), json.dumps(summary).encode() + b"\n")
+            except OSError as error:
+                say(f"error: --json cannot write to standard output: {error.strerror}")
+                status = status or 1
         return status
 
 

@@ -91,6 +91,14 @@ def test_missing_credentials_are_refused(tmp_path: Path) -> None:
     refused(wattif(*DAYS, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "no-such-file")), "--bucket")
 
 
+@pytest.mark.parametrize(
+    "host", ["localhost:9023", "http://", "http://[::1", "http://localhost:port", "ftp://localhost"]
+)
+def test_an_emulator_that_cannot_be_is_refused(tmp_path: Path, host: str) -> None:
+    refused(wattif(*DAYS, "--temp-dir", tmp_path / "temp", STORAGE_EMULATOR_HOST=host), "STORAGE_EMULATOR_HOST")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
     flags = ("--start", "2024-01-01", "--end", "2024-01-31", "--temp-dir", tmp_path / "temp", "--processes", 1)
     done = wattif(*flags, "--dry-run")
@@ -110,7 +118,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
 def test_the_plan_of_a_run_that_stays_here_is_exact(tmp_path: Path) -> None:
     done = wattif(*DAYS, "--meters", 3, "--interval", 900, "--output-dir", tmp_path)
     total = sum(map(len, files_below(tmp_path).values()))
-    assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 16384:,} bytes" in done.stderr
+    assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 8192 + 2 * 4096:,} bytes" in done.stderr
     assert "6 objects, 576 readings, 45.5 kB" in done.stderr
 
 

@@ -96,7 +96,7 @@ def test_an_unfinished_file_has_another_name_and_is_cleared(tmp_path: Path) -> N
     assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
     assert not spool(out)
     with Server() as server:
-        left = tmp_path / ".wattif-4" / "4.1.dt=2023-01-01"
+        left = tmp_path / ".wattif-4-x" / "4.1.dt=2023-01-01"
         left.mkdir(parents=True)
         for name in ("020000ABCDEF.ndjson", ".77.part"):
             (left / name).write_bytes(b"half")
@@ -107,7 +107,7 @@ def test_an_unfinished_file_has_another_name_and_is_cleared(tmp_path: Path) -> N
 
 
 def test_what_is_not_wattifs_stays(tmp_path: Path) -> None:
-    mine = [tmp_path / name for name in ("mine.txt", "020000ABCDEF.ndjson", ".wattif-4/4.1.dt=2024-01-01/mine.txt")]
+    mine = [tmp_path / name for name in ("mine.txt", "020000ABCDEF.ndjson", ".wattif-4-x/4.1.dt=2024-01-01/mine.txt")]
     mine[2].parent.mkdir(parents=True)
     for path in mine:
         path.write_text("mine")
@@ -124,7 +124,7 @@ def test_a_symbolic_link_in_the_temp_directory_is_not_followed(tmp_path: Path) -
     temp = tmp_path / "temp"
     temp.mkdir()
     with Server() as server:
-        for link in (".wattif-4", ".wattif-5/5.1.dt=2024-01-01"):
+        for link in (".wattif-4-x", ".wattif-5-x/5.1.dt=2024-01-01"):
             (temp / link).parent.mkdir(exist_ok=True)
             (temp / link).symlink_to(mine)
             assert upload(server, *SMALL, "--temp-dir", temp).returncode == 0
@@ -173,12 +173,17 @@ def test_a_stalled_request_times_out_and_is_retried(expected: Callable[..., dict
     assert contents(server) == expected(*SMALL)
 
 
-def test_an_object_that_never_arrives_does_not_keep_the_others(expected: Callable[..., dict], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "reason"), [(503, "HTTP 503: scripted"), ("stall", "ReadTimeout: ")])
+def test_an_object_that_never_arrives_does_not_keep_the_others(
+    expected: Callable[..., dict], tmp_path: Path, fault: Any, reason: str
+) -> None:
     wanted = expected(*SMALL)
     cursed = sorted(wanted)[5]
-    with Server(fault=lambda request: 503 if request.name == cursed else None) as server:
-        done = upload(server, *SMALL, "--retry-timeout", 2, "--temp-dir", tmp_path / "temp")
-        assert done.returncode == 1 and f"{cursed}: HTTP 503: scripted" in done.stderr
+    with Server(fault=lambda request: fault if request.name == cursed else None) as server:
+        # One batch at a time: while the last file of a batch is tried again, nothing else is accepted.
+        flags = ("--retry-timeout", 2, "--temp-dir", tmp_path / "temp", "--upload-workers", 1, "--processes", 1)
+        done = upload(server, *SMALL, *flags)
+        assert done.returncode == 1 and f"{cursed}: " in done.stderr and reason in done.stderr, done.stderr
         assert contents(server) == {name: content for name, content in wanted.items() if name != cursed}
         server.fault = lambda request: None
         assert upload(server, *SMALL, "--resume", "--temp-dir", tmp_path / "temp").returncode == 0
@@ -248,7 +253,7 @@ def test_a_full_disk_ends_the_run(expected: Callable[..., dict], small_disk: Pat
 
 
 def test_what_an_earlier_run_left_does_not_count_as_full(small_disk: Path) -> None:
-    left = small_disk / ".wattif-4" / "4.1.dt=2024-01-01"
+    left = small_disk / ".wattif-4-x" / "4.1.dt=2024-01-01"
     left.mkdir(parents=True)
     (left / "020000ABCDEF.ndjson").write_bytes(bytes(3_500_000))
     flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 12, "--processes", 1)
@@ -295,6 +300,20 @@ def test_a_file_that_disappears_before_its_upload(expected: Callable[..., dict],
         server.fault = lambda request: None
         assert upload(server, *flags, "--resume").returncode == 0
     assert contents(server) == expected(*SMALL)
+
+
+def test_a_file_that_cannot_be_deleted_ends_the_run_and_is_counted(tmp_path: Path) -> None:
+    def block(request: Request) -> None:
+        if request.number == 25:  # a directory in the place of the file, which has been read
+            (path,) = tmp_path.glob(f".wattif-*/*{request.name}")
+            path.unlink()
+            path.mkdir()
+
+    with Server(fault=block) as server:
+        done = upload(server, *SMALL, "--processes", 1, "--temp-dir", tmp_path, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["error"].startswith("cannot delete ") and "Traceback" not in done.stderr
+    assert 25 < report["objects_done"] == len(server.objects) < 120
 
 
 def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], tmp_path: Path) -> None:

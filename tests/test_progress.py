@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import pty
 import re
@@ -153,6 +152,14 @@ def test_json_reports_failed_and_interrupted_runs_too(tmp_path: Path) -> None:
         assert interrupted["objects_done"] == len(server.objects) < 300
 
 
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "generator.py"), *SMALL, "--output-dir", str(tmp_path), "--json"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: --json cannot write to standard output: No space" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def some_progress(*flags: str) -> Any:
     """Make the progress of a run that is not done."""
     args = generator.build_parser().parse_args(["--start", "2024-01-01", "--end", "2024-01-01", *flags])
@@ -208,6 +215,11 @@ def test_rps_limit_paces_the_uploads(tmp_path: Path, flags: tuple) -> None:
         assert steady[begin + limit] - steady[begin] >= 0.9
 
 
+def test_rps_limit_is_shared_by_no_more_processes_than_objects_a_second() -> None:
+    for limit, processes in (("0.5", 1), ("1.5", 2), ("500", 8)):
+        assert f"processes    {processes}" in wattif(*SMALL, "--rps-limit", limit, "--processes", 8, "--dry-run").stderr
+
+
 def test_rps_limit_counts_objects_and_not_their_chunks(tmp_path: Path) -> None:
     # Objects of 20 MB go up in two chunks each; a limit that took chunks for objects would halve the rate.
     flags = ("--meters", 290, "--meters-per-file", 29, "--rps-limit", 5, "--temp-dir", tmp_path, "--json")
@@ -229,16 +241,27 @@ def test_a_paced_run_stops_soon(tmp_path: Path) -> None:
 
 def test_an_outage_begins_after_the_last_success() -> None:
     gauge = generator.Gauge(60.0, None, bytearray(1))
-    request = SimpleNamespace(method="GET", body=None, url="", headers={})
-    gauge.begin(request)
-    gauge.end(request, 200, 0.1)
-    gauge.last.started -= 100  # the next answer is to a request that began long before
-    gauge.end(request, 503, 100.0)
-    assert time.monotonic() - gauge.failing_since < 10
-    gauge.end(request, 408, 0.1)
-    assert time.monotonic() - gauge.failing_since < 10
-    gauge.end(request, 404, 0.1)
-    assert gauge.failing_since == math.inf
+
+    def answer(status: int, began: float = 0.0, **more: Any) -> None:
+        request = SimpleNamespace(method="GET", body=None, headers={}, **more)
+        gauge.begin(request)
+        gauge.last.started -= began
+        gauge.end(request, status, began)
+
+    answer(200, url="a")
+    answer(503, began=100.0, url="b")  # it began long before
+    answer(503, url="c")
+    answer(503, url="d")
+    for call in gauge.failing:
+        gauge.failing[call] -= 59.0
+    answer(200, url="e")
+    assert not gauge.failing
+    answer(408, url="f")
+    gauge.failing.update((call, began - 61.0) for call, began in gauge.failing.items())
+    answer(429, url="f")  # one call alone is no outage
+    answer(0, url="g")
+    with pytest.raises(generator.Outage):
+        answer(200, url="h")
 
 
 def test_today_and_yesterday_are_utc_days() -> None:

@@ -36,9 +36,8 @@ def test_resume_makes_only_what_is_missing(expected: Callable[..., dict], tmp_pa
         missing = [names[1], names[len(names) // 2], names[-1]]
         for name in missing:
             del server.objects[name]
-        if "--gzip" not in kind:
-            missing.append(names[2])
-            damage(server, names[2], wanted[names[2]][:-79])  # another size
+        missing.append(names[2])  # which has another size, that of no object
+        damage(server, names[2], b"" if "--gzip" in kind else wanted[names[2]][:-79])
         server.requests.clear()
         done = upload(server, *flags, "--resume")
         assert done.returncode == 0, done.stderr
@@ -97,6 +96,17 @@ def test_a_bucket_that_cannot_be_listed_ends_the_run(tmp_path: Path) -> None:
             assert "Traceback" not in done.stderr
 
 
+def test_what_was_uploaded_before_a_listing_failed_is_counted(tmp_path: Path) -> None:
+    def refuse(request: Any) -> Any:
+        return 403 if request.query.get("prefix") == "dt=2024-01-02/" else None
+
+    with Server(delay=0.02, fault=refuse) as server:
+        done = upload(server, *SMALL, "--meters", 100, "--temp-dir", tmp_path, "--resume", "--json", "--batch-size", 5)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and "no permission to list" in report["error"]
+    assert 0 < report["objects_done"] == len(server.objects) <= 100
+
+
 def test_a_listing_is_retried_and_counted(tmp_path: Path) -> None:
     flags = (*SMALL, "--meters", 10, "--temp-dir", tmp_path, "--processes", 1)
     with Server(fault=lambda request: 503 if request.number == 20 else None) as server:
@@ -129,7 +139,9 @@ def test_verify_finds_what_is_missing_different_and_unexpected(tmp_path: Path, k
         server.deaf = processes == 3
         damage(server, "dt=2024-01-03/020000ABCDEF.ndjson", b"")  # another day
         before = dict(server.objects)
-        done = upload(server, *flags, "--verify")
+        server.requests.clear()
+        done = upload(server, *flags, "--verify", "--json")
+    assert json.loads(done.stdout)["answers"] == {"200": len(server.requests)}
     assert done.returncode == 1 and "1 missing, 1 different, 4 unexpected" in done.stderr
     assert f"missing: {names[0]}\n" in done.stderr and f"different: {names[3]}\n" in done.stderr
     assert f"unexpected: {strange[0]}\n" in done.stderr and "unexpected: dt=2024-01-02/a\\nname\n" in done.stderr
@@ -144,6 +156,15 @@ def test_verify_of_tasks_knows_the_meters_of_the_others(tmp_path: Path) -> None:
         reports = [upload(server, *flags, "--verify", "--task-index", index, "--task-count", 3) for index in range(3)]
     assert [done.returncode for done in reports] == [1, 0, 0]
     assert "1 unexpected" in reports[0].stderr and all("20 objects" in done.stderr for done in reports)
+
+
+def test_names_of_the_last_block_are_bounded() -> None:
+    args = ["--start", "2024-01-01", "--end", "2024-01-01", "--meters", str(2**36), "--task-count", "8"]
+    run = generator.plan(generator.build_parser().parse_args([*args, "--task-index", "6"]))
+    files = generator.share(run.day_files, 6, 8)
+    assert generator.name_range(run, files) == ("02C000", "02E000")
+    assert generator.name_range(run, range(files.stop, files.stop + 2)) == ("02E000", "02E001")
+    assert generator.name_range(run, range(2**36 - 9, 2**36 - 1)) == ("02FFFF", "030000")
 
 
 def test_verify_of_a_slice_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

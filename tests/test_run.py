@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Callable
 
@@ -108,6 +109,20 @@ def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, sourc
 def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -> None:
     done = wattif(*SMALL, "--dry-run", *flags, **env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
+
+
+def test_tasks_on_a_shared_disk_do_not_meet(tmp_path: Path) -> None:
+    # In namespaces of their own, as containers are, tasks have the same process and thread IDs.
+    namespace = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("making a namespace takes privileges")
+    flags = (*DAYS, "--meters", 200, "--output-dir", tmp_path, "--processes", 1)
+    tasks = [start(*flags, "--task-index", index, "--task-count", 2, prefix=namespace) for index in range(2)]
+    for task in tasks:
+        with task:
+            _, report = task.communicate(timeout=60)
+        assert task.returncode == 0, report
+    assert wattif(*flags, "--verify").returncode == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--gzip",), ("--meters-per-file", 4), ("--gzip", "--meters-per-file", 4)])
