@@ -179,6 +179,10 @@ class Run:
         size = len(self.meters_of(range(index, index + 1))) * self.rows * ROW_BYTES
         return size + size // 1000 + 64 if self.gzip else size
 
+    def may_have(self, index: int, size: int) -> bool:
+        """Say whether a file may be whole that has a size: the right one or, with --gzip, any but none."""
+        return size > 0 if self.gzip else size == self.file_bytes(index)
+
     @property
     def file_disk(self) -> int:
         """The most bytes of disk that a file takes; one to be uploaded with a directory and the one above that."""
@@ -431,7 +435,9 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
         started = time.perf_counter()
         errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
     except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
-        return Outcome(fatal=f"no batch in {batch.folder}: {explain(error)}; see to it, then run with --resume")
+        return Outcome(
+            fatal=f"cannot write or upload {batch.folder}: {explain(error)}; see to it, then run with --resume"
+        )
     outcome = Outcome()
     for file, size, error in zip(batch.files, sizes, errors):
         path = os.path.join(batch.folder, file.name)
@@ -605,6 +611,57 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
     return f"{remedies[code]} ({explain(error)})" if code in remedies else ""
 
 
+# What is there already
+
+
+class Entry(NamedTuple):
+    """What the destination has under a name; the CRC32C only of an object, else -1."""
+
+    name: str
+    size: int
+    checksum: int
+
+
+def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
+    """Return the size and the CRC32C of a content."""
+    import google_crc32c  # what the client library computes it with
+
+    size = checksum = 0
+    for chunk in chunks:
+        size += len(chunk)
+        checksum = google_crc32c.extend(checksum, bytes(chunk))
+    return size, checksum
+
+
+def block_prefix(block: int) -> str:
+    """Return what the names of a block's meters begin with."""
+    return f"{(LOCALLY_ADMINISTERED >> SUFFIX_BITS) + block:06X}"
+
+
+def name_range(run: Run, files: range) -> tuple[str, str | None]:
+    """Bound the names of a slice's files, from the first name to before the second; at the ends, all of the day's."""
+    meters = run.meters_of(files)
+    first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
+    if run.meters_per_file == 1:
+        first, last = block_prefix(meters.start // BLOCK_METERS), block_prefix(meters[-1] // BLOCK_METERS + 1)
+    return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
+
+
+def list_partition(run: Run, bucket: Bucket | None, prefix: str, first: str, last: str | None) -> Iterator[Entry]:
+    """Yield what is below a prefix, in the order of the names, at least those from `first` to before `last`."""
+    if bucket:
+        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
+        wanted = "items(name,size,crc32c),nextPageToken"
+        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
+            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
+    else:
+        folder = os.path.join(run.directory, prefix)
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            if not name.endswith(".part"):
+                yield Entry(name, os.lstat(folder + name).st_size, -1)
+
+
 # The pipeline of one process
 
 
@@ -630,6 +687,41 @@ class Pipeline:
         return os.path.join(self.run.directory, name)
 
 
+def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
+    """Yield what a day has within the names of the slice, in their order, until the run is to stop."""
+    run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
+    first, last = name_range(run, pipeline.files)
+    try:
+        for entry in list_partition(run, bucket, prefix, first, last):
+            if pipeline.stopping:
+                break
+            if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
+                yield entry
+    except Exception as error:
+        if not (isinstance(error, OSError) or type(error).__module__.startswith("google.")):
+            raise
+        reason = refusal(error, run, listing=True) if bucket else ""
+        pipeline.report(Outcome(fatal=reason or f"cannot list {run.destination}/{prefix}: {explain(error)}"))
+
+
+def compare(own: Slice, entries: Iterator[Entry]) -> Iterator[tuple[int | None, Entry | None]]:
+    """Match files with what is there, in the order of their names: yield the index of a file, an entry, or both."""
+    entry = next(entries, None)
+    for index in own.in_order_of_names:
+        name = own.file(index).name
+        while entry and entry.name < name:
+            yield None, entry
+            entry = next(entries, None)
+        if entry and entry.name == name:
+            yield index, entry
+            entry = next(entries, None)
+        else:
+            yield index, None
+    while entry:
+        yield None, entry
+        entry = next(entries, None)
+
+
 def plan_batches(pipeline: Pipeline, batch_files: int) -> Iterator[Batch]:
     """Draw the fleet and yield day by day, batch by batch, what is to be made, with --resume what is missing."""
     run, files = pipeline.run, pipeline.files
@@ -639,8 +731,7 @@ def plan_batches(pipeline: Pipeline, batch_files: int) -> Iterator[Batch]:
         wanted = bytearray(b"\1") * len(files)
         if run.resume:
             for index, entry in compare(own, list_day(pipeline, day)):
-                known = run.file_bytes(index) if index is not None and not run.gzip else 0
-                if index is not None and entry and entry.size and known in (0, entry.size):
+                if index is not None and entry and run.may_have(index, entry.size):
                     wanted[index - files.start] = 0
             pipeline.report(Outcome(Counter(skipped=wanted.count(0))))
         template = render_day_template(day, run.interval) if any(wanted) else b""
@@ -701,90 +792,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
     pipeline.report(gauge.drain())
 
 
-# What is there already
-
-
-class Entry(NamedTuple):
-    """What the destination has under a name; the CRC32C only of an object, else -1."""
-
-    name: str
-    size: int
-    checksum: int
-
-
-def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
-    """Return the size and the CRC32C of a content."""
-    import google_crc32c  # what the client library computes it with
-
-    size = checksum = 0
-    for chunk in chunks:
-        size += len(chunk)
-        checksum = google_crc32c.extend(checksum, bytes(chunk))
-    return size, checksum
-
-
-def block_prefix(block: int) -> str:
-    """Return what the names of a block's meters begin with."""
-    return f"{(LOCALLY_ADMINISTERED >> SUFFIX_BITS) + block:06X}"
-
-
-def name_range(run: Run, files: range) -> tuple[str, str | None]:
-    """Bound the names of a slice's files, from the first name to before the second; at the ends, all of the day's."""
-    meters = run.meters_of(files)
-    first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
-    if run.meters_per_file == 1:
-        first, last = block_prefix(meters.start // BLOCK_METERS), block_prefix(meters[-1] // BLOCK_METERS + 1)
-    return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
-
-
-def list_partition(run: Run, bucket: Bucket | None, prefix: str, first: str, last: str | None) -> Iterator[Entry]:
-    """Yield what is below a prefix, in the order of the names, at least those from `first` to before `last`."""
-    if bucket:
-        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
-        wanted = "items(name,size,crc32c),nextPageToken"
-        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
-            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
-            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
-    else:
-        folder = os.path.join(run.directory, prefix)
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            if not name.endswith(".part"):
-                yield Entry(name, os.lstat(folder + name).st_size, -1)
-
-
-def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
-    """Yield what a day has within the names of the slice, in their order, until the run is to stop."""
-    run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
-    first, last = name_range(run, pipeline.files)
-    try:
-        for entry in list_partition(run, bucket, prefix, first, last):
-            if pipeline.stopping:
-                break
-            if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
-                yield entry
-    except Exception as error:
-        if not (isinstance(error, OSError) or type(error).__module__.startswith("google.")):
-            raise
-        reason = refusal(error, run, listing=True) if bucket else ""
-        pipeline.report(Outcome(fatal=reason or f"cannot list {run.destination}/{prefix}: {explain(error)}"))
-
-
-def compare(own: Slice, entries: Iterator[Entry]) -> Iterator[tuple[int | None, Entry | None]]:
-    """Match files with what is there, in the order of their names: yield the index of a file, an entry, or both."""
-    entry = next(entries, None)
-    for index in own.in_order_of_names:
-        name = own.file(index).name
-        while entry and entry.name < name:
-            yield None, entry
-            entry = next(entries, None)
-        if entry and entry.name == name:
-            yield index, entry
-            entry = next(entries, None)
-        else:
-            yield index, None
-    while entry:
-        yield None, entry
-        entry = next(entries, None)
+# Verification
 
 
 def check_file(pipeline: Pipeline, batch: Batch, entry: Entry | None) -> Outcome:
@@ -848,8 +856,6 @@ def run_slice(run: Run, credentials: Any, active: Any, index: int, stopping: lis
         bucket = open_bucket(run, credentials, gauge)
         pipeline = Pipeline(run, run.slices[index], bucket, gauge, stopping, tell)
         (verify_slice if run.verify else run_pipeline)(pipeline)
-    except RunError as error:
-        tell(Outcome(fatal=str(error)))
     except (MemoryError, OSError, RuntimeError) as error:  # RuntimeError: no more threads can be started
         tell(Outcome(fatal=f"{explain(error)}: see to it, or lower --meters or the numbers of workers"))
 
