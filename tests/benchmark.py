@@ -185,14 +185,14 @@ def to_disk(scratch: Path) -> None:
             shutil.rmtree(scratch / "plain")
         return (costs[1] - costs[0]) / (count - 1)
 
-    ours, theirs = (statistics.median(figures) for figures in alternate(wattif, plain, runs=9))
+    ours, theirs = (statistics.median(figures) for figures in alternate(wattif, plain, runs=15))
     row("to disk: plain writes", f"{theirs * 1e3:.2f} ms CPU a file", 1.0, "plain writes")
     row("to disk: WattIf", f"{ours * 1e3:.2f} ms CPU a file", ours / theirs, "plain writes")
 
 
 def upload_cost(scratch: Path) -> None:
     """Compare a whole run to the stock upload of files that lie there ready, by CPU seconds for each object."""
-    count = 500
+    count = 1000
     ready = scratch / "ready"
     cost_of([*RUN, "--meters", count, "--output-dir", ready])
     with upload_server() as url:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -69,6 +70,16 @@ def children_of(pid: int) -> list[int]:
 def files_below(directory: Path) -> dict[str, bytes]:
     """Read every file below a directory, by its path within."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if not p.is_dir()}
+
+
+def disk_use(temp_dir: Path) -> int:
+    """The bytes of disk that runs use below a temp directory; a file that is renamed meanwhile counts once."""
+    used = {}
+    for path in temp_dir.glob(".wattif-*/**/*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            used[status.st_ino] = status.st_blocks * 512
+    return sum(used.values())
 
 
 @pytest.fixture

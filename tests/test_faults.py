@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -17,7 +16,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from conftest import DAYS, children_of, contents, files_below, start, until, upload, wattif
+from conftest import DAYS, children_of, contents, disk_use, files_below, start, until, upload, wattif
 from server import Request, Server
 
 SMALL = (*DAYS, "--interval", "3600", "--meters", "60", "--batch-size", "10")
@@ -226,29 +225,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_run(expected: Callable[..., dict], small_disk: Path) -> None:
-    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 12, "--processes", 1, "--batch-size", 1)
-    lock = threading.Lock()
-    with Server(delay=0.05) as server:
+    # Files that take long to write, so that others have yet to be written when the first one is uploaded.
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 480, "--meters-per-file", 40, "--gzip")
+    where = ("--processes", 1, "--temp-dir", small_disk, "--max-disk", "85MB")
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
 
-        def fill(request: Request) -> None:
-            if request.number < 3:
-                return
-            for path in small_disk.glob(".wattif-*/*/*.ndjson"):  # what is linked twice takes room when it is deleted
-                with contextlib.suppress(FileNotFoundError, FileExistsError):
-                    os.link(path, small_disk / path.name)
-            with lock, (small_disk / "ballast").open("ab") as ballast:
-                ballast.write(bytes(max(0, shutil.disk_usage(small_disk).free - 100_000)))
+    def fill(request: Request) -> None:
+        with (small_disk / "ballast").open("ab") as ballast:
+            os.posix_fallocate(ballast.fileno(), 0, ballast.tell() + shutil.disk_usage(small_disk).free)
 
-        server.fault = fill
-        done = upload(server, *flags, "--temp-dir", small_disk)
+    with Server(fault=lambda request: fill(request) if request.number == 0 else None) as server:
+        done = upload(server, *flags, *where)
         assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
         wanted = expected(*flags)
-        assert 3 <= len(server.objects) < 12 and contents(server).items() <= wanted.items()
+        assert 1 <= len(server.objects) < 12 and contents(server).items() <= wanted.items()
         assert f"{len(server.objects)} objects, " in done.stderr and not list(small_disk.rglob("*.part"))
-        for path in [small_disk / "ballast", *small_disk.glob("*.ndjson")]:
-            path.unlink()
-        server.fault = lambda request: None
-        assert upload(server, *flags, "--temp-dir", small_disk, "--resume").returncode == 0
+        (small_disk / "ballast").unlink()
+        assert upload(server, *flags, *where, "--resume").returncode == 0
     assert contents(server) == wanted
 
 
@@ -303,14 +296,19 @@ def test_a_file_that_disappears_before_its_upload(expected: Callable[..., dict],
 
 
 def test_a_file_that_cannot_be_deleted_ends_the_run_and_is_counted(tmp_path: Path) -> None:
+    mounted: list[Path] = []
+
     def block(request: Request) -> None:
-        if request.number == 25:  # a directory in the place of the file, which has been read
+        if request.number == 25:  # a file on which something is mounted cannot be moved or deleted
             (path,) = tmp_path.glob(f".wattif-*/*{request.name}")
-            path.unlink()
-            path.mkdir()
+            if not subprocess.run(["mount", "--bind", path, path], capture_output=True, check=False).returncode:
+                mounted.append(path)
 
     with Server(fault=block) as server:
         done = upload(server, *SMALL, "--processes", 1, "--temp-dir", tmp_path, "--json")
+    if not mounted:
+        pytest.skip("mounting a file takes privileges")
+    subprocess.run(["umount", mounted[0]], check=True)
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["error"].startswith("cannot delete ") and "Traceback" not in done.stderr
     assert 25 < report["objects_done"] == len(server.objects) < 120
@@ -321,13 +319,7 @@ def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], t
     temp, peak = tmp_path / "temp", [0]
 
     def look(request: Request) -> None:
-        used = 0
-        for path in temp.glob(".wattif-*/**/*"):
-            try:
-                used += path.lstat().st_blocks * 512
-            except FileNotFoundError:
-                continue
-        peak[0] = max(peak[0], used)
+        peak[0] = max(peak[0], disk_use(temp))
 
     with Server(delay=0.01, fault=look) as server:
         done = upload(server, *flags, "--temp-dir", temp, "--max-disk", "1MB")

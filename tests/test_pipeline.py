@@ -8,7 +8,7 @@ from typing import Callable
 
 import pytest
 
-from conftest import DAYS, Emulator, contents, files_below, upload, wattif
+from conftest import DAYS, Emulator, contents, disk_use, files_below, upload, wattif
 from server import Request, Server
 
 ONE = (*DAYS, "--processes", "1")
@@ -116,19 +116,31 @@ def test_proxies_of_the_environment_are_heeded(tmp_path: Path, bypassed: bool) -
     assert done.returncode == 0 and len(server.objects) == 10, done.stderr
 
 
+@pytest.mark.parametrize("kind", [("--meters-per-file", 3), ("--gzip", "--meters-per-file", 3)])
+def test_files_that_are_written_over_shorter_ones_and_longer_ones(
+    expected: Callable[..., dict], tmp_path: Path, kind: tuple
+) -> None:
+    flags = ("--start", "2024-01-01", "--end", "2024-01-09", "--interval", 600, "--meters", 7, "--processes", 1, *kind)
+    inodes: set[int] = set()
+
+    def look(request: Request) -> None:
+        (path,) = (tmp_path / "temp").glob(f".wattif-*/*{request.name}")
+        inodes.add(path.stat().st_ino)
+
+    with Server(fault=look) as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp", "--batch-size", 3)
+    assert done.returncode == 0 and contents(server) == expected(*flags)
+    assert len(inodes) <= 3 < len(server.objects) == 27  # three batches of one file are on disk
+    assert not list((tmp_path / "temp").iterdir())
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> None:
     peak = 0
 
     def measure(request: Request) -> int | None:
         nonlocal peak
-        waiting = 0
-        for path in tmp_path.glob(".wattif-*/**/*"):
-            try:
-                waiting += path.lstat().st_blocks * 512
-            except FileNotFoundError:
-                continue
-        peak = max(peak, waiting)
+        peak = max(peak, disk_use(tmp_path))
         return 400 if failing and request.number % 5 == 0 else None
 
     with Server(delay=0.01, fault=measure) as server:
