@@ -403,15 +403,22 @@ def write_file(path: str, part: str, chunks: Iterable[bytes | bytearray], mode: 
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    size = 0
     try:
-        with open(descriptor, "wb") as file:
-            size = sum(map(file.write, chunks))
-            file.truncate()  # it may have been a longer one
+        for chunk in chunks:
+            size += len(chunk)
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        if os.fstat(descriptor).st_size > size:  # it was a longer file
+            os.ftruncate(descriptor, size)
         os.rename(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+    finally:
+        os.close(descriptor)
     return size
 
 
