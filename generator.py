@@ -1416,7 +1416,13 @@ def build_parser() -> Parser:
     add("--upload-workers", "N", threads, 2, "batches that a process uploads at once")
     add("--transfer-workers", "N", threads, 16, "uploads at once within a batch (max_workers)")
     add("--retry-timeout", "SECONDS", numbers(1, DAY_SECONDS), 120, "how long a request is tried again")
-    add("--rps-limit", "R", numbers(1e-6, 10**6, float), None, "objects a second at most, evenly paced")
+    add(
+        "--rps-limit",
+        "R",
+        numbers(1e-6, 10**6, float),
+        None,
+        "objects a second at most, evenly paced (default: no limit)",
+    )
     return parser
 
 
