@@ -32,7 +32,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -52,7 +51,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 from urllib.parse import urlsplit
 
 import orjson
@@ -93,7 +92,7 @@ UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: l
 REQUEST_TIMEOUT = 60.0
 TICK_SECONDS = 0.1  # between looks at what has happened, and between live lines
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
-PACED_SECONDS = 5  # of uploads that a paced run has in flight, so that it stops soon after a signal
+PACED_SECONDS = 10  # of uploads that a paced run has in flight, so that it stops soon after a signal
 NAMED = 20  # of what --verify finds
 SLOTS = 60  # of the throughput over a run
 RATE_SECONDS = 10  # over which the live line's MB/s are taken
@@ -156,8 +155,10 @@ class Run:
     def slices(self) -> list[range]:
         """Each process's share of this task's files of a day: contiguous, none of them empty."""
         files = share(self.day_files, self.task_index, self.task_count)
-        room = (self.max_disk or sys.maxsize) // self.file_disk
-        count = min(self.processes, len(files), room, math.ceil(self.rps_limit or sys.maxsize))
+        count = min(self.processes, len(files))
+        if not self.verify:
+            room = (self.max_disk or sys.maxsize) // self.file_disk
+            count = min(count, room, math.ceil(self.rps_limit or sys.maxsize))
         return [share(files, index, count) for index in range(count)]
 
     def meters_of(self, files: range) -> range:
@@ -405,20 +406,19 @@ def write_file(path: str, part: str, chunks: Iterable[bytes | bytearray], mode: 
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     size = 0
     try:
-        for chunk in chunks:
-            size += len(chunk)
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        if os.fstat(descriptor).st_size > size:  # it was a longer file
-            os.ftruncate(descriptor, size)
+        with open(descriptor, "wb", buffering=0) as file:
+            for chunk in chunks:
+                size += len(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            if os.fstat(descriptor).st_size > size:  # it was a longer file
+                file.truncate(size)
         os.rename(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-    finally:
-        os.close(descriptor)
     return size
 
 
@@ -472,7 +472,9 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
                 batch.spare.append(spare)
         except OSError as refused:
             if not isinstance(refused, FileNotFoundError):
-                outcome.fatal = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
+                outcome.fatal = (
+                    outcome.fatal or f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
+                )
     if bucket:
         done, seconds = outcome.counts["objects"], time.perf_counter() - started
         log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
@@ -493,13 +495,11 @@ class Gauge:
     """What the HTTP session of a process shares with its pipeline: pace and patience in, answers out."""
 
     patience: float  # --retry-timeout
-    limit: float | None  # --rps-limit
-    active: Any  # a byte for each process, shared: 1 while it uploads
-    index: int = 0  # of this process's byte
+    limit: float | None = None  # --rps-limit
+    turns: IO[bytes] | None = None  # a file of all processes, with the time of the last upload's turn
     counts: Counter[Any] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     last: threading.local = field(default_factory=threading.local)  # the thread's last request
-    next_upload: float = 0.0
     succeeded: float = 0.0  # when a request last was
     failing: dict[Any, float] = field(default_factory=dict)  # the calls that failed since, and from when on
 
@@ -516,9 +516,12 @@ class Gauge:
             if len(self.failing) > 1 and turn - min(self.failing.values()) > self.patience:
                 raise Outage(f"nothing was accepted for {self.patience:.0f} s")
             self.counts["retries"] += again
-            if self.limit and request.method == "POST" and not again:
-                pace = max(1, sum(self.active[:])) / self.limit
-                turn = self.next_upload = max(self.next_upload + pace, turn)
+            if self.limit and self.turns and request.method == "POST" and not again:
+                fcntl.lockf(self.turns, fcntl.LOCK_EX)  # the kernel unlocks it where a process is killed
+                last = array("d", os.pread(self.turns.fileno(), 8, 0) or bytes(8))[0]
+                turn = max(last + 1 / self.limit, turn)
+                os.pwrite(self.turns.fileno(), array("d", [turn]).tobytes(), 0)
+                fcntl.lockf(self.turns, fcntl.LOCK_UN)
         time.sleep(max(0.0, turn - time.monotonic()))
         self.last.call, self.last.started = call, time.monotonic()
 
@@ -753,6 +756,8 @@ def plan_batches(pipeline: Pipeline, batch_files: int, spare: list[str]) -> Iter
         wanted = bytearray(b"\1") * len(files)
         if run.resume:
             for index, entry in compare(own, list_day(pipeline, day)):
+                if pipeline.stopping:
+                    break
                 if index is not None and entry and run.may_have(index, entry.size):
                     wanted[index - files.start] = 0
             pipeline.report(Outcome(Counter(skipped=wanted.count(0))))
@@ -772,9 +777,10 @@ def run_pipeline(pipeline: Pipeline) -> None:
     run, gauge = pipeline.run, pipeline.gauge
     free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
     in_flight = free  # a paced run is to stop soon after a signal, too
-    if gauge.limit:
-        in_flight = max(1, int(PACED_SECONDS * gauge.limit / len(run.slices)))
-    batch_files = max(1, min(free, in_flight) // run.batches)
+    if run.rps_limit:
+        in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
+    enough = max(2, free // run.batches)  # failures in a row
+    batch_files = max(1, min(free // run.batches, in_flight // run.upload_workers))
     pending: dict[Future[Outcome], int] = {}
     spare: list[str] = []
 
@@ -786,11 +792,10 @@ def run_pipeline(pipeline: Pipeline) -> None:
             outcome = future.result()
             free += pending.pop(future) - outcome.counts["failed"]
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
-            if failed_in_a_row >= max(2, batch_files):
+            if failed_in_a_row >= enough:
                 reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
                 outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
             pipeline.report(outcome)
-        gauge.active[gauge.index] = bool(pending)
 
     with contextlib.ExitStack() as stack:
         write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
@@ -806,7 +811,6 @@ def run_pipeline(pipeline: Pipeline) -> None:
             if pipeline.stopping:
                 break
             free -= len(batch.files)
-            gauge.active[gauge.index] = 1
             written = write_executor.submit(write_batch, run, batch)
             delivered = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, written)
             pending[delivered] = len(batch.files)
@@ -869,7 +873,9 @@ def verify_slice(pipeline: Pipeline) -> None:
 # A run: its directory, its processes, its signals
 
 
-def run_slice(run: Run, credentials: Any, active: Any, index: int, stopping: list[str], report: Report) -> None:
+def run_slice(
+    run: Run, credentials: Any, turns: IO[bytes] | None, index: int, stopping: list[str], report: Report
+) -> None:
     """Do or verify the index-th slice; what makes that impossible ends the run."""
 
     def tell(outcome: Outcome) -> None:
@@ -878,7 +884,7 @@ def run_slice(run: Run, credentials: Any, active: Any, index: int, stopping: lis
         report(outcome)
 
     try:
-        gauge = Gauge(run.retry_timeout, run.rps_limit, active, index)
+        gauge = Gauge(run.retry_timeout, run.rps_limit, turns)
         bucket = open_bucket(run, credentials, gauge)
         pipeline = Pipeline(run, run.slices[index], bucket, gauge, stopping, tell)
         (verify_slice if run.verify else run_pipeline)(pipeline)
@@ -1014,7 +1020,7 @@ def run_child(work: Callable[..., None], index: int, ours: Connection, others: S
     work(index, stopping, ours.send)
 
 
-def run_children(run: Run, work: Callable[..., None], active: Any, stopping: list[str], report: Report) -> None:
+def run_children(run: Run, work: Callable[..., None], stopping: list[str], report: Report) -> None:
     """Do each slice in a process of its own, started before any thread or client exists.
 
     However this function ends, the connections are closed, and a child without one ends too.
@@ -1033,7 +1039,8 @@ def run_children(run: Run, work: Callable[..., None], active: Any, stopping: lis
                 children[ours] = (index, child)
         except OSError as error:
             reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
-            raise RunError(reason, 1) from None
+            report(Outcome(fatal=reason))
+            return
         told = False
         while children:
             if stopping and not told:
@@ -1048,7 +1055,6 @@ def run_children(run: Run, work: Callable[..., None], active: Any, stopping: lis
                 except (EOFError, OSError):
                     index, child = children.pop(connection)
                     child.join()
-                    active[index] = 0
                     meters = run.meters_of(run.slices[index])
                     ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
                     failures = [f"meters {meters[0]} to {meters[-1]}: {ending}"] if child.exitcode else []
@@ -1082,15 +1088,13 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     keep_freed_memory()
-    active = mmap.mmap(-1, max(1, len(run.slices)))  # anonymous, so that children share it
-    work = functools.partial(run_slice, run, credentials, active)
-    try:
+    paced = run.rps_limit and run.slices and not run.verify
+    with tempfile.TemporaryFile(dir=run.directory) if paced else contextlib.nullcontext() as turns:
+        work = functools.partial(run_slice, run, credentials, turns)
         if len(run.slices) > 1:
-            run_children(run, work, active, stopping, report)
+            run_children(run, work, stopping, report)
         elif run.slices:
             work(0, stopping, report)
-    except RunError as error:
-        report(Outcome(fatal=str(error)))
     return progress.conclude(signals[0] if signals else 0)
 
 
@@ -1280,11 +1284,13 @@ class Progress:
         if len(self.slots) > 1:
             peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
             say(f"throughput   {sparkline(self.slots)} at most {peaks}")
-        if self.as_json and sys.stdout:
+        if self.as_json:
+            line = json.dumps(summary).encode() + b"\n"
             try:
-                os.write(sys.stdout.fileno(), json.dumps(summary).encode() + b"\n")
-            except OSError as error:
-                say(f"error: --json cannot write to standard output: {error.strerror}")
+                while line:
+                    line = line[os.write(sys.stdout.fileno(), line) :]
+            except (OSError, AttributeError) as error:  # closed, it is None
+                say(f"error: --json cannot write to standard output: {getattr(error, 'strerror', 'it is closed')}")
                 status = status or 1
         return status
 
@@ -1463,7 +1469,8 @@ def plan(args: argparse.Namespace) -> Run:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
     if DAY_SECONDS % args.interval:
         raise RunError(f"--interval {args.interval} does not divide a day of {DAY_SECONDS:,} s; take 1, 10, 60 or 900")
-    for flag, other in (("bucket", "output_dir"), ("resume", "verify"), ("max_disk", "output_dir")):
+    exclusive = [("resume", "verify"), *((flag, "output_dir") for flag in ("bucket", "max_disk", "rps_limit"))]
+    for flag, other in exclusive:
         if getattr(args, flag) and getattr(args, other) not in (None, False):
             raise RunError(f"--{flag} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
@@ -1480,6 +1487,7 @@ def plan(args: argparse.Namespace) -> Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     parser = build_parser()
     args = parser.parse_args(argv)
     erase = ERASE if on_terminal() else ""

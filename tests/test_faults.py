@@ -279,17 +279,16 @@ def test_a_file_that_disappears_before_its_upload(expected: Callable[..., dict],
     removed: list[Path] = []
 
     def remove(request: Request) -> None:
-        for path in sorted(tmp_path.glob(".wattif-*/*/*.ndjson"))[-1:]:
-            if not removed and path.name not in request.name:
-                path.unlink()
-                removed.append(path)
+        if request.number == 0:  # the first batch is written, and nothing but this file is read
+            paths = tmp_path.glob(".wattif-*/*.0.dt=*/*.ndjson")
+            removed.append(next(path for path in paths if path.name not in request.name))
+            removed[0].unlink()
 
-    flags = (*SMALL, "--processes", 1, "--transfer-workers", 1, "--temp-dir", tmp_path)
-    with Server(delay=0.01, fault=remove) as server:
+    flags = (*SMALL, "--processes", 1, "--upload-workers", 1, "--transfer-workers", 1, "--temp-dir", tmp_path)
+    with Server(fault=remove) as server:
         done = upload(server, *flags)
-        assert (
-            done.returncode == 1 and f"{removed[0]}: FileNotFoundError" in done.stderr and "; 1 failed" in done.stderr
-        )
+        assert done.returncode == 1 and "; 1 failed" in done.stderr, done.stderr
+        assert f"{removed[0]}: FileNotFoundError" in done.stderr
         server.fault = lambda request: None
         assert upload(server, *flags, "--resume").returncode == 0
     assert contents(server) == expected(*SMALL)

@@ -152,12 +152,16 @@ def test_json_reports_failed_and_interrupted_runs_too(tmp_path: Path) -> None:
         assert interrupted["objects_done"] == len(server.objects) < 300
 
 
-def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "generator.py"), *SMALL, "--output-dir", str(tmp_path), "--json"]
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and "error: --json cannot write to standard output: No space" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(("redirected", "reason"), [(">/dev/full", "No space"), (">&-", "it is closed")])
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path, redirected: str, reason: str) -> None:
+    shell = ("sh", "-c", f'exec "$@" {redirected}', "sh")
+    done = wattif(*SMALL, "--output-dir", tmp_path, "--json", prefix=shell)
+    assert done.returncode == 1 and f"error: --json cannot write to standard output: {reason}" in done.stderr
+
+
+def test_a_run_without_standard_error(tmp_path: Path) -> None:
+    done = wattif(*SMALL, "--output-dir", tmp_path, "--json", prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
+    assert done.returncode == 0 and report(done)["objects_done"] == 300
 
 
 def some_progress(*flags: str) -> Any:
@@ -167,7 +171,7 @@ def some_progress(*flags: str) -> Any:
 
 
 def test_latencies_are_within_the_stated_error() -> None:
-    gauge = generator.Gauge(60.0, None, bytearray(1))
+    gauge = generator.Gauge(60.0)
     request = SimpleNamespace(method="POST", body=None, url="", headers={})
     seconds = [0.001 * 1.1**exponent for exponent in range(100)]
     for latency in seconds:
@@ -193,31 +197,35 @@ def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(generator.sparkline(progress.slots)) == len(progress.slots)
 
 
-@pytest.mark.parametrize("flags", [("--processes", 1), ("--processes", 2), ("--resume", "--processes", 2)])
-def test_rps_limit_paces_the_uploads(tmp_path: Path, flags: tuple) -> None:
-    limit, arrivals = 50, []
-    run = ("--interval", "3600", "--rps-limit", limit, "--temp-dir", tmp_path, *flags)
-    with Server() as server:
-        if "--resume" in flags:  # all that one of the two processes had to do is there
-            assert (
-                upload(
-                    server, *DAYS, "--meters", 152, *run[:2], *run[4:], "--task-index", 0, "--task-count", 2
-                ).returncode
-                == 0
-            )
-        server.fault = lambda request: arrivals.append(time.monotonic()) if request.name else None
-        done = upload(server, *DAYS, "--meters", 152 if "--resume" in flags else 76, *run)
-    assert done.returncode == 0 and len(arrivals) == 152
-    steady = arrivals[2:]  # each process begins with one
-    rate = (len(steady) - 1) / (steady[-1] - steady[0])
+@pytest.mark.parametrize(("limit", "meters", "processes"), [(40, 60, 1), (40, 60, 2), (8, 12, 8)])
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_rps_limit_paces_the_uploads(tmp_path: Path, limit: int, meters: int, processes: int, delay: float) -> None:
+    arrivals: list[float] = []
+    flags = ("--meters", meters, "--interval", 3600, "--processes", processes, "--temp-dir", tmp_path)
+    with Server(delay=delay, fault=lambda request: arrivals.append(time.monotonic())) as server:
+        done = upload(server, *DAYS, *flags, "--rps-limit", limit)
+    assert done.returncode == 0 and len(arrivals) == 2 * meters
+    rate = (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
     assert 0.95 * limit <= rate <= 1.05 * limit
-    for begin in range(len(steady) - limit):  # evenly: no second has more, but for what two processes may add
-        assert steady[begin + limit] - steady[begin] >= 0.9
+    for begin in range(len(arrivals) - limit):  # evenly
+        assert arrivals[begin + limit] - arrivals[begin] >= 0.9
+
+
+def test_rps_limit_leaves_the_whole_rate_to_the_process_that_has_work(tmp_path: Path) -> None:
+    arrivals: list[float] = []
+    flags = (*DAYS, "--meters", 152, "--interval", 3600, "--temp-dir", tmp_path)
+    with Server() as server:
+        assert upload(server, *flags, "--task-index", 0, "--task-count", 2).returncode == 0
+        server.fault = lambda request: arrivals.append(time.monotonic()) if request.name else None
+        assert upload(server, *flags, "--resume", "--processes", 2, "--rps-limit", 50).returncode == 0
+    assert len(arrivals) == 152 and 47.5 <= 151 / (arrivals[-1] - arrivals[0]) <= 52.5
 
 
 def test_rps_limit_is_shared_by_no_more_processes_than_objects_a_second() -> None:
     for limit, processes in (("0.5", 1), ("1.5", 2), ("500", 8)):
-        assert f"processes    {processes}" in wattif(*SMALL, "--rps-limit", limit, "--processes", 8, "--dry-run").stderr
+        flags = (*SMALL, "--rps-limit", limit, "--processes", 8, "--dry-run")
+        assert f"processes    {processes}" in wattif(*flags).stderr
+        assert "processes    8" in wattif(*flags, "--verify").stderr
 
 
 def test_rps_limit_counts_objects_and_not_their_chunks(tmp_path: Path) -> None:
@@ -235,12 +243,12 @@ def test_a_paced_run_stops_soon(tmp_path: Path) -> None:
         with start(*SMALL, *flags, STORAGE_EMULATOR_HOST=server.url) as process:
             until(lambda: len(server.objects) > 1)
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=15)
+            process.communicate(timeout=30)
     assert process.returncode == 143
 
 
 def test_an_outage_begins_after_the_last_success() -> None:
-    gauge = generator.Gauge(60.0, None, bytearray(1))
+    gauge = generator.Gauge(60.0)
 
     def answer(status: int, began: float = 0.0, **more: Any) -> None:
         request = SimpleNamespace(method="GET", body=None, headers={}, **more)
