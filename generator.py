@@ -28,12 +28,14 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import heapq
 import itertools
 import json
 import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import operator
 import os
 import random
 import re
@@ -175,19 +177,20 @@ class Run:
         """Readings of this task."""
         return len(self.days) * self.rows * sum(len(self.meters_of(files)) for files in self.slices)
 
-    def file_bytes(self, index: int = 0) -> int:
-        """The size of a file: exact, or with --gzip what it never exceeds."""
-        size = len(self.meters_of(range(index, index + 1))) * self.rows * ROW_BYTES
+    def file_bytes(self, meters: int) -> int:
+        """The size of a file of so many meters: exact, or with --gzip what it never exceeds."""
+        size = meters * self.rows * ROW_BYTES
         return size + size // 1000 + 64 if self.gzip else size
 
-    def may_have(self, index: int, size: int) -> bool:
-        """Say whether a file may be whole that has a size: the right one or, with --gzip, any but none."""
-        return size > 0 if self.gzip else size == self.file_bytes(index)
+    def may_have(self, size: int, meters: int) -> bool:
+        """Say whether a file of so many meters may be whole: it has the right size or, with --gzip, any but none."""
+        return size > 0 if self.gzip else size == self.file_bytes(meters)
 
     @property
     def file_disk(self) -> int:
         """The most bytes of disk that a file takes; one to be uploaded with a directory and the one above that."""
-        return (-(-self.file_bytes() // DISK_BLOCK) + 2 * bool(self.bucket)) * DISK_BLOCK
+        size = self.file_bytes(min(self.meters_per_file, self.meters))
+        return (-(-size // DISK_BLOCK) + 2 * bool(self.bucket)) * DISK_BLOCK
 
     @property
     def batches(self) -> int:
@@ -226,70 +229,102 @@ def probe_once(bloom: BloomFilter, suffix: int) -> tuple[int]:
     return (suffix % bloom.num_bits_m,)
 
 
-def draw_fleet(seed: int, meters: range, stopping: Sequence[str] = ()) -> array[int]:
+def draw_fleet(seed: int, meters: range, by_name: bool = False, stopping: Sequence[str] = ()) -> array[int]:
     """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
-    Returns their addresses (48-bit integers) as an array of 8 bytes each. Each block has a generator and a filter
-    of its own, of the block's capacity whatever the size of the fleet, so that a larger fleet begins with the
-    smaller one and no block before the first meter's is drawn. One probe of a filter with 8 bits for each meter
-    rejects at most every eighth number that is new; a number that was drawn before is always rejected. What is
-    drawn ends with a block where the run is to stop.
+    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices or, of whole
+    blocks, of their names. Each block has a generator and a filter of its own, of the block's capacity whatever the
+    size of the fleet, so that a larger fleet begins with the smaller one and no block before the first meter's is
+    drawn. One probe of a filter with 8 bits for each meter rejects at most every eighth number that is new; a number
+    that was drawn before is always rejected. What is drawn ends with a block where the run is to stop.
     """
     log.debug("drawing meters %d to %d", meters[0], meters[-1])
     fleet = array("Q")
+    shift = SUFFIX_BITS - 8 * by_name  # 256 parts are sorted in less memory than one
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         if stopping:
             break
-        base = LOCALLY_ADMINISTERED | block << SUFFIX_BITS
-        skipped = max(0, meters.start - block * BLOCK_METERS)
         bloom = BloomFilter(BLOCK_METERS, 0.02, probe_once)
         draw = random.Random(f"{seed}/{block}").getrandbits
-        add, append = bloom.add, fleet.append
-        for index in range(min(BLOCK_METERS, meters.stop - block * BLOCK_METERS)):
+        parts = [array("I") for _ in range(1 << SUFFIX_BITS - shift)]
+        for _ in range(min(BLOCK_METERS, meters.stop - block * BLOCK_METERS)):
             suffix = draw(SUFFIX_BITS)
             while suffix in bloom:
                 suffix = draw(SUFFIX_BITS)
-            add(suffix)
-            if index >= skipped:
-                append(base | suffix)
+            bloom.add(suffix)
+            parts[suffix >> shift].append(suffix)
+        skipped = max(0, meters.start - block * BLOCK_METERS)
+        for part in parts:
+            chosen = sorted(part) if by_name else part[skipped:]
+            fleet.extend(array("Q", [block_address(block) | suffix for suffix in chosen]))
     return fleet
 
 
+def block_address(block: int) -> int:
+    """Return the lowest address of a block."""
+    return LOCALLY_ADMINISTERED | block << SUFFIX_BITS
+
+
+class Entry(NamedTuple):
+    """What the destination has under a name; the CRC32C only of an object, else -1."""
+
+    name: str
+    size: int
+    checksum: int
+
+
 class File(NamedTuple):
-    """A file: its name, and the addresses of its meters."""
+    """A file: its name, the addresses of its meters, and what was found under the name, if anything was looked for."""
 
     name: str
     meters: array[int]
+    found: Entry | None = None
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Contiguous files of each day, by their indices, and the fleet behind them."""
+    """Contiguous files of each day, in the order of their names, and the part of the fleet that they are made of.
+
+    A file of several meters is named by its index. Those of one meter are in the order of their names within a block,
+    so the whole block is drawn: then a slice is one range of names, in which no other slice has any, and meters that
+    follow one another have much of their IDs in common.
+    """
 
     run: Run
     files: range
     fleet: array[int]
+    drawn: int  # the fleet index of the first meter in `fleet`
 
-    def file(self, index: int) -> File:
-        """Return a file by its index."""
-        meters = self.run.meters_of(range(index, index + 1))
-        before = self.files.start * self.run.meters_per_file
-        addresses = self.fleet[meters.start - before : meters.stop - before]
-        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if self.run.meters_per_file > 1 else f"{addresses[0]:012X}"
-        return File(f"{stem}.ndjson.gz" if self.run.gzip else f"{stem}.ndjson", addresses)
+    def __iter__(self) -> Iterator[File]:
+        """Yield the files of a day."""
+        run = self.run
+        for index in self.files:
+            meters = run.meters_of(range(index, index + 1))
+            addresses = self.fleet[meters.start - self.drawn : meters.stop - self.drawn]
+            stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if run.meters_per_file > 1 else f"{addresses[0]:012X}"
+            yield File(f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson", addresses)
 
-    @functools.cached_property
-    def in_order_of_names(self) -> Sequence[int]:
-        """The indices of the files in the order of their names, in which blocks follow one another."""
-        if self.run.meters_per_file > 1:
-            return self.files
-        order = array("Q")
-        for block in range(self.files.start // BLOCK_METERS, -(-self.files.stop // BLOCK_METERS)):
-            first = block * BLOCK_METERS
-            indices = range(max(self.files.start, first), min(self.files.stop, first + BLOCK_METERS))
-            keys = sorted(self.fleet[index - self.files.start] * BLOCK_METERS + index - first for index in indices)
-            order.extend(first + key % BLOCK_METERS for key in keys)
-        return order
+    @property
+    def names(self) -> tuple[str, str | None]:
+        """Bound the names, from the first to before the second; the first and last slice have all before and after."""
+
+        def bound(index: int) -> str:
+            if self.run.meters_per_file > 1:
+                return f"meters-{index * self.run.meters_per_file:09d}"
+            block, place = divmod(index, BLOCK_METERS)
+            return f"{self.fleet[index - self.drawn] if place else block_address(block):012X}"
+
+        files, last = self.files, self.run.day_files.stop
+        return bound(files.start) if files.start else "", None if files.stop == last else bound(files.stop)
+
+
+def draw_slice(run: Run, files: range, stopping: Sequence[str] = ()) -> Slice:
+    """Draw what a slice needs of the fleet: its meters, or the blocks of files of one meter."""
+    meters, by_name = run.meters_of(files), run.meters_per_file == 1
+    if by_name:
+        first, last = meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)
+        meters = range(first * BLOCK_METERS, min(last * BLOCK_METERS, run.meters))
+    return Slice(run, files, draw_fleet(run.seed, meters, by_name, stopping), meters.start)
 
 
 # The day template and the readings
@@ -362,10 +397,10 @@ def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
 
 
 class Batch(NamedTuple):
-    """Files of one day for one call of the transfer manager."""
+    """Files of one day for one call of the transfer manager, or to be verified."""
 
     day: date
-    folder: str  # where they are written
+    folder: str  # where they are or will be
     template: bytes  # the day's
     files: Sequence[File]
     spare: list[str]  # local files that were uploaded, to be written over
@@ -639,12 +674,19 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
 # What is there already
 
 
-class Entry(NamedTuple):
-    """What the destination has under a name; the CRC32C only of an object, else -1."""
-
-    name: str
-    size: int
-    checksum: int
+def list_partition(run: Run, bucket: Bucket | None, prefix: str, names: tuple[str, str | None]) -> Iterator[Entry]:
+    """Yield what is below a prefix, in the order of the names, at least those from the first to before the second."""
+    if bucket:
+        bounds = dict(zip(("start_offset", "end_offset"), (prefix + name if name else None for name in names)))
+        wanted = "items(name,size,crc32c),nextPageToken"
+        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
+            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
+            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
+    else:
+        folder = os.path.join(run.directory, prefix)
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            if not name.endswith(".part"):
+                yield Entry(name, os.lstat(folder + name).st_size, -1)
 
 
 def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
@@ -658,33 +700,24 @@ def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
     return size, checksum
 
 
-def block_prefix(block: int) -> str:
-    """Return what the names of a block's meters begin with."""
-    return f"{(LOCALLY_ADMINISTERED >> SUFFIX_BITS) + block:06X}"
+def differ(kind: str, day: date, name: str) -> Outcome:
+    """Return that a name is missing, different or unexpected."""
+    return Outcome(Counter({kind: 1}), [f"{kind}: dt={day}/{name}"])
 
 
-def name_range(run: Run, files: range) -> tuple[str, str | None]:
-    """Bound the names of a slice's files, from the first name to before the second; at the ends, all of the day's."""
-    meters = run.meters_of(files)
-    first, last = f"meters-{meters.start:09d}", f"meters-{meters.stop:09d}"
-    if run.meters_per_file == 1:
-        first, last = block_prefix(meters.start // BLOCK_METERS), block_prefix(meters[-1] // BLOCK_METERS + 1)
-    return "" if files.start == 0 else first, None if files.stop == run.day_files.stop else last
-
-
-def list_partition(run: Run, bucket: Bucket | None, prefix: str, first: str, last: str | None) -> Iterator[Entry]:
-    """Yield what is below a prefix, in the order of the names, at least those from `first` to before `last`."""
-    if bucket:
-        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
-        wanted = "items(name,size,crc32c),nextPageToken"
-        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
-            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
-            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
-    else:
-        folder = os.path.join(run.directory, prefix)
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            if not name.endswith(".part"):
-                yield Entry(name, os.lstat(folder + name).st_size, -1)
+def verify_batch(run: Run, batch: Batch) -> Outcome:
+    """Compare what was found under the names of a batch with what a run would put there: size and CRC32C."""
+    outcome = Outcome()
+    for file, chunks in zip(batch.files, batch_contents(run, batch)):
+        made, found = measure(chunks), file.found[1:]
+        if not run.bucket and made[0] == found[0]:
+            with contextlib.suppress(OSError), open(os.path.join(batch.folder, file.name), "rb") as opened:
+                found = measure(iter(functools.partial(opened.read, 1 << 20), b""))
+        if made == found:
+            outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=made[0])
+        else:
+            outcome.add(differ("different", batch.day, file.name))
+    return outcome
 
 
 # The pipeline of one process
@@ -695,31 +728,18 @@ class Pipeline:
     """What a process works with: its slice of the run's files, the bucket, if there is one, and who is told."""
 
     run: Run
-    files: range
+    own: Slice
     bucket: Bucket | None
-    gauge: Gauge
     stopping: Sequence[str]  # not empty where the run is to stop
     report: Report
-
-    @property
-    def days(self) -> Iterator[date]:
-        """The days of the run, until it is to stop."""
-        return itertools.takewhile(lambda _: not self.stopping, map(date.fromordinal, self.run.days))
-
-    def folder(self, day: date, number: int = 0) -> str:
-        """Return where files of a day are written; those that are uploaded, a directory for each batch."""
-        name = f"{os.getpid()}.{number}.dt={day}" if self.bucket else f"dt={day}"
-        return os.path.join(self.run.directory, name)
 
 
 def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
     """Yield what a day has within the names of the slice, in their order, until the run is to stop."""
     run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
-    first, last = name_range(run, pipeline.files)
+    first, last = names = pipeline.own.names
     try:
-        for entry in list_partition(run, bucket, prefix, first, last):
-            if pipeline.stopping:
-                break
+        for entry in list_partition(run, bucket, prefix, names):
             if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
                 yield entry
     except Exception as error:
@@ -729,53 +749,49 @@ def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
         pipeline.report(Outcome(fatal=reason or f"cannot list {run.destination}/{prefix}: {explain(error)}"))
 
 
-def compare(own: Slice, entries: Iterator[Entry]) -> Iterator[tuple[int | None, Entry | None]]:
-    """Match files with what is there, in the order of their names: yield the index of a file, an entry, or both."""
-    entry = next(entries, None)
-    for index in own.in_order_of_names:
-        name = own.file(index).name
-        while entry and entry.name < name:
-            yield None, entry
-            entry = next(entries, None)
-        if entry and entry.name == name:
-            yield index, entry
-            entry = next(entries, None)
-        else:
-            yield index, None
-    while entry:
-        yield None, entry
-        entry = next(entries, None)
+def choose_files(pipeline: Pipeline, day: date) -> Iterator[File]:
+    """Yield the files of a day that are to be made or verified, and report what else the destination shows."""
+    run, report = pipeline.run, pipeline.report
+    if not (run.resume or run.verify):
+        yield from pipeline.own
+        return
+    name_of, skipped = operator.attrgetter("name"), Outcome(Counter(skipped=1))
+    both = heapq.merge(pipeline.own, list_day(pipeline, day), key=name_of)
+    for name, same in itertools.groupby(both, name_of):
+        known = {type(item): item for item in same}
+        file, found = known.get(File), known.get(Entry)
+        if pipeline.stopping:
+            return
+        if run.verify and not (file and found):
+            report(differ("missing" if file else "unexpected", day, name))
+        elif run.resume and file and found and run.may_have(found.size, len(file.meters)):
+            report(skipped)
+        elif file:
+            yield file._replace(found=found)
 
 
 def plan_batches(pipeline: Pipeline, batch_files: int, spare: list[str]) -> Iterator[Batch]:
-    """Draw the fleet and yield day by day, batch by batch, what is to be made, with --resume what is missing."""
-    run, files = pipeline.run, pipeline.files
-    own = Slice(run, files, draw_fleet(run.seed, run.meters_of(files), pipeline.stopping))
+    """Yield day by day, batch by batch, what is to be made or verified."""
     numbers = itertools.count()
-    for day in pipeline.days:
-        wanted = bytearray(b"\1") * len(files)
-        if run.resume:
-            for index, entry in compare(own, list_day(pipeline, day)):
-                if pipeline.stopping:
-                    break
-                if index is not None and entry and run.may_have(index, entry.size):
-                    wanted[index - files.start] = 0
-            pipeline.report(Outcome(Counter(skipped=wanted.count(0))))
-        template = render_day_template(day, run.interval) if any(wanted) else b""
-        todo = itertools.compress(files, wanted)
-        while batch := [*map(own.file, itertools.islice(todo, batch_files))]:
-            yield Batch(day, pipeline.folder(day, next(numbers)), template, batch, spare)
+    for day in map(date.fromordinal, pipeline.run.days):
+        template = render_day_template(day, pipeline.run.interval)
+        files = choose_files(pipeline, day)
+        while batch := [*itertools.islice(files, batch_files)]:
+            name = f"{os.getpid()}.{next(numbers)}.dt={day}" if pipeline.bucket else f"dt={day}"
+            yield Batch(day, os.path.join(pipeline.run.directory, name), template, batch, spare)
+        if pipeline.stopping:
+            return
 
 
 def run_pipeline(pipeline: Pipeline) -> None:
-    """Generate a slice of the files day by day, batch by batch, and report what became of each batch.
+    """Generate or verify a slice of the files day by day, batch by batch, and report what became of each batch.
 
     `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
     comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
     run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
     """
-    run, gauge = pipeline.run, pipeline.gauge
-    free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
+    run = pipeline.run
+    free, failed_in_a_row = run.files_on_disk(pipeline.own.files), 0
     in_flight = free  # a paced run is to stop soon after a signal, too
     if run.rps_limit:
         in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
@@ -787,7 +803,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
     def settle() -> None:
         nonlocal free, failed_in_a_row
         done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
-        pipeline.report(gauge.drain())
+        pipeline.report(Outcome())
         for future in done:
             outcome = future.result()
             free += pending.pop(future) - outcome.counts["failed"]
@@ -801,73 +817,24 @@ def run_pipeline(pipeline: Pipeline) -> None:
         write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
         upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
         for batch in plan_batches(pipeline, batch_files, spare):
-            while pending and (
-                len(pending) == run.batches or len(batch.files) > min(free, in_flight - sum(pending.values()))
-            ):
+            count = len(batch.files)
+            while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
                 settle()
-            if not pipeline.stopping and free < len(batch.files):
+            if not pipeline.stopping and free < count:
                 reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
                 pipeline.report(Outcome(fatal=reason))
             if pipeline.stopping:
                 break
-            free -= len(batch.files)
-            written = write_executor.submit(write_batch, run, batch)
-            delivered = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, written)
-            pending[delivered] = len(batch.files)
+            free -= count
+            work = write_executor.submit(verify_batch if run.verify else write_batch, run, batch)
+            if not run.verify:
+                work = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, work)
+            pending[work] = count
         while pending:
             settle()
     for path in spare:
         with contextlib.suppress(OSError):  # the next run clears it
             os.unlink(path)
-    pipeline.report(gauge.drain())
-
-
-# Verification
-
-
-def check_file(pipeline: Pipeline, batch: Batch, entry: Entry | None) -> Outcome:
-    """Compare what is there under the name of a batch's only file with what a run would put there."""
-    run, (file,) = pipeline.run, batch.files
-    if entry:
-        size, checksum = measure(next(batch_contents(run, batch)))
-        if size == entry.size and not pipeline.bucket:
-            with contextlib.suppress(OSError), open(os.path.join(batch.folder, file.name), "rb") as opened:
-                entry = Entry(file.name, *measure(iter(lambda: opened.read(1 << 20), b"")))
-        if (size, checksum) == entry[1:]:
-            return Outcome(Counter(objects=1, readings=run.rows * len(file.meters), bytes=size))
-    kind = "different" if entry else "missing"
-    return Outcome(Counter({kind: 1}), [f"{kind}: dt={batch.day}/{file.name}"])
-
-
-def verify_slice(pipeline: Pipeline) -> None:
-    """Compare a slice of the destination with what a run would put there: names, sizes and CRC32C.
-
-    The names of a block's meters are in no order, so its other meters are drawn too, and what belongs to none of
-    them is counted by the slice that has the block's first.
-    """
-    run, files = pipeline.run, pipeline.files
-    around, told = files, name_range(run, files)[0]
-    if run.meters_per_file == 1:
-        blocks = range(files.start // BLOCK_METERS, -(-files.stop // BLOCK_METERS))
-        around = range(blocks.start * BLOCK_METERS, min(blocks.stop * BLOCK_METERS, run.meters))
-        told = told if files.start == around.start else block_prefix(blocks.start + 1)
-    own = Slice(run, around, draw_fleet(run.seed, run.meters_of(around), pipeline.stopping))
-    for day in pipeline.days:
-        template, outcome = render_day_template(day, run.interval), Outcome()
-        for number, (index, entry) in enumerate(compare(own, list_day(pipeline, day))):
-            if pipeline.stopping:
-                break
-            if index is None:
-                if entry.name >= told:
-                    outcome.add(Outcome(Counter(unexpected=1), [f"unexpected: dt={day}/{entry.name}"]))
-            elif index in files:
-                batch = Batch(day, pipeline.folder(day), template, [own.file(index)], [])
-                outcome.add(check_file(pipeline, batch, entry))
-            if number % run.batch_size == 0:
-                pipeline.report(outcome)
-                outcome = pipeline.gauge.drain()
-        pipeline.report(outcome)
-    pipeline.report(pipeline.gauge.drain())
 
 
 # A run: its directory, its processes, its signals
@@ -876,36 +843,39 @@ def verify_slice(pipeline: Pipeline) -> None:
 def run_slice(
     run: Run, credentials: Any, turns: IO[bytes] | None, index: int, stopping: list[str], report: Report
 ) -> None:
-    """Do or verify the index-th slice; what makes that impossible ends the run."""
+    """Do or verify the index-th slice; what makes that impossible ends the run. Reports go on together, every tick."""
+    gauge, told, due = Gauge(run.retry_timeout, run.rps_limit, turns), Outcome(), 0.0
 
-    def tell(outcome: Outcome) -> None:
+    def tell(outcome: Outcome, now: bool = False) -> None:
+        nonlocal told, due
+        told.add(outcome)
         if outcome.fatal:
             stopping.append(outcome.fatal)
-        report(outcome)
+        if now or outcome.fatal or time.monotonic() > due:
+            told.add(gauge.drain())
+            report(told)
+            told, due = Outcome(), time.monotonic() + TICK_SECONDS
 
     try:
-        gauge = Gauge(run.retry_timeout, run.rps_limit, turns)
         bucket = open_bucket(run, credentials, gauge)
-        pipeline = Pipeline(run, run.slices[index], bucket, gauge, stopping, tell)
-        (verify_slice if run.verify else run_pipeline)(pipeline)
+        own = draw_slice(run, run.slices[index], stopping)
+        if not stopping:
+            run_pipeline(Pipeline(run, own, bucket, stopping, tell))
     except (MemoryError, OSError, RuntimeError) as error:  # RuntimeError: no more threads can be started
         tell(Outcome(fatal=f"{explain(error)}: see to it, or lower --meters or the numbers of workers"))
+    tell(Outcome(), now=True)
 
 
 def clear_spools(directory: str) -> None:
     """Delete the files and directories that earlier runs left in the temp directory, and nothing else."""
-    folders, left = [], []
-    for folder, below, names in os.walk(directory):
-        if folder == directory:
-            below[:] = [name for name in below if SPOOL.fullmatch(name)]
-        else:
-            folders.append(folder)
-            left += [os.path.join(folder, name) for name in names if SPOOLED.fullmatch(name)]
+    spools = [os.path.join(directory, name) for name in os.listdir(directory) if SPOOL.fullmatch(name)]
+    found = [place for spool in spools if not os.path.islink(spool) for place in os.walk(spool, topdown=False)]
+    left = [os.path.join(folder, name) for folder, _, names in found for name in names if SPOOLED.fullmatch(name)]
     if left:
         log.warning("clearing %d files that an earlier run left in %r", len(left), directory)
     for path in left:
         os.unlink(path)
-    for folder in reversed(folders):
+    for folder, _, _ in found:
         with contextlib.suppress(OSError):  # something else is in it
             os.rmdir(folder)
 
@@ -1055,9 +1025,9 @@ def run_children(run: Run, work: Callable[..., None], stopping: list[str], repor
                 except (EOFError, OSError):
                     index, child = children.pop(connection)
                     child.join()
-                    meters = run.meters_of(run.slices[index])
+                    files = run.slices[index]
                     ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
-                    failures = [f"meters {meters[0]} to {meters[-1]}: {ending}"] if child.exitcode else []
+                    failures = [f"files {files[0]} to {files[-1]} of each day: {ending}"] if child.exitcode else []
                     outcome = Outcome(failures=failures)
                 report(outcome)
 
@@ -1131,7 +1101,7 @@ def describe_plan(run: Run) -> None:
     if run.task_source:
         say(f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})")
     say(f"readings     {run.readings:,}")
-    say(f"objects      {run.objects:,} of {inexact}{run.file_bytes():,} bytes")
+    say(f"objects      {run.objects:,} of {inexact}{run.file_bytes(min(run.meters_per_file, run.meters)):,} bytes")
     say(f"bytes        {size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}")
     say(f"processes    {len(run.slices)}")
     if not run.verify:

@@ -42,7 +42,10 @@ def test_a_child_that_dies_fails_the_run_and_names_its_slice(tmp_path: Path) -> 
             os.kill(children_of(process.pid)[0], signal.SIGKILL)
             _, report = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "failed: meters 0 to 49: their process ended with exit code -9" in report and "Traceback" not in report
+    assert (
+        "failed: files 0 to 49 of each day: their process ended with exit code -9" in report
+        and "Traceback" not in report
+    )
     assert 100 <= len(server.objects) < 200
 
 
