@@ -224,11 +224,6 @@ def share(whole: range, index: int, count: int) -> range:
 # The fleet
 
 
-def probe_once(bloom: BloomFilter, suffix: int) -> tuple[int]:
-    """Say which bit of the filter stands for a suffix: the drawn number is random already and needs no hash."""
-    return (suffix % bloom.num_bits_m,)
-
-
 def draw_fleet(seed: int, meters: range, by_name: bool = False, stopping: Sequence[str] = ()) -> array[int]:
     """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
@@ -244,7 +239,8 @@ def draw_fleet(seed: int, meters: range, by_name: bool = False, stopping: Sequen
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         if stopping:
             break
-        bloom = BloomFilter(BLOCK_METERS, 0.02, probe_once)
+        # The drawn number is random already and needs no hash to say which bit of the filter is its own.
+        bloom = BloomFilter(BLOCK_METERS, 0.02, lambda bloom, suffix: (suffix % bloom.num_bits_m,))
         draw = random.Random(f"{seed}/{block}").getrandbits
         parts = [array("I") for _ in range(1 << SUFFIX_BITS - shift)]
         for _ in range(min(BLOCK_METERS, meters.stop - block * BLOCK_METERS)):
@@ -674,21 +670,6 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
 # What is there already
 
 
-def list_partition(run: Run, bucket: Bucket | None, prefix: str, names: tuple[str, str | None]) -> Iterator[Entry]:
-    """Yield what is below a prefix, in the order of the names, at least those from the first to before the second."""
-    if bucket:
-        bounds = dict(zip(("start_offset", "end_offset"), (prefix + name if name else None for name in names)))
-        wanted = "items(name,size,crc32c),nextPageToken"
-        for blob in bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run)):
-            checksum = int.from_bytes(base64.b64decode(blob.crc32c or ""), "big")
-            yield Entry(blob.name[len(prefix) :], blob.size, checksum)
-    else:
-        folder = os.path.join(run.directory, prefix)
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            if not name.endswith(".part"):
-                yield Entry(name, os.lstat(folder + name).st_size, -1)
-
-
 def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
     """Return the size and the CRC32C of a content."""
     import google_crc32c  # what the client library computes it with
@@ -735,11 +716,23 @@ class Pipeline:
 
 
 def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
-    """Yield what a day has within the names of the slice, in their order, until the run is to stop."""
+    """Yield what a day has within the names of the slice, in their order. A day that cannot be listed ends the run."""
     run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
-    first, last = names = pipeline.own.names
+    first, last = pipeline.own.names
     try:
-        for entry in list_partition(run, bucket, prefix, names):
+        if bucket:
+            bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
+            wanted = "items(name,size,crc32c),nextPageToken"
+            blobs = bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run))
+            entries = (
+                Entry(blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big"))
+                for blob in blobs
+            )
+        else:
+            folder = os.path.join(run.directory, prefix)
+            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if name[-5:] != ".part")
+        for entry in entries:
             if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
                 yield entry
     except Exception as error:
@@ -1128,15 +1121,16 @@ class Progress:
         self.total.add(outcome)
         if self.run.verify:
             del self.total.failures[NAMED:]  # the counts tell how many there are
-        now = time.monotonic()
-        kinds = ("sent_bytes", "arrived") if self.run.bucket and not self.run.verify else ("bytes", "objects")
-        self.count(int(now - self.started), *(outcome.counts[kind] for kind in kinds))
-        if on_terminal() and now - self.shown >= TICK_SECONDS:
-            self.shown = now
+        now, interactive = time.monotonic(), on_terminal()
+        arrived = ("sent_bytes", "arrived") if self.run.bucket and not self.run.verify else ("bytes", "objects")
+        self.count(int(now - self.started), *(outcome.counts[kind] for kind in arrived))
+        if now - self.shown < (TICK_SECONDS if interactive else LOG_SECONDS):
+            return
+        self.shown = now
+        if interactive:
             sys.stderr.write(ERASE + self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
             sys.stderr.flush()
-        elif not on_terminal() and now - self.shown >= LOG_SECONDS:
-            self.shown = now
+        else:
             log.info("%s", self.live_line(200))
 
     def count(self, second: int, size: int, objects: int) -> None:
@@ -1145,9 +1139,8 @@ class Progress:
             return
         if self.recent[-1][0] != second:
             self.recent.append([second, 0, 0])
-        self.recent[-1][1] += size
-        self.recent[-1][2] += objects
-        self.peaks = [max(pair) for pair in zip(self.peaks, self.recent[-1][1:])]
+        self.recent[-1][1:] = best = [self.recent[-1][1] + size, self.recent[-1][2] + objects]
+        self.peaks = [*map(max, self.peaks, best)]
         while second // self.slot_seconds >= SLOTS:
             self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
             self.slot_seconds *= 2
@@ -1180,30 +1173,31 @@ class Progress:
 
     def latency(self, share: float) -> float:
         """Return the seconds within which a share of the answers came, with an error of 2.5% at the most."""
-        latencies = {key[1]: count for key, count in self.total.counts.items() if key[0] == "latency"}
-        wanted = share * sum(latencies.values())
-        for exponent in sorted(latencies):
-            wanted -= latencies[exponent]
-            if wanted <= 0:
-                return LATENCY_BASE**exponent
-        return 0.0
+        latencies = sorted((key[1], count) for key, count in self.total.counts.items() if key[0] == "latency")
+        wanted = share * sum(count for _, count in latencies)
+        reached = itertools.accumulate(count for _, count in latencies)
+        return next(
+            (LATENCY_BASE**exponent for (exponent, _), sofar in zip(latencies, reached) if sofar >= wanted), 0.0
+        )
 
-    def summary(self, status: int) -> dict[str, Any]:
-        """Return the report for programs; keys and units are documented in the README."""
-        counts, run = self.total.counts, self.run
+    def summary(self, number: int) -> dict[str, Any]:
+        """Return the report for programs on a run that signal `number` or nothing ended; the README has its keys."""
+        counts, total, run = self.total.counts, self.total, self.run
         elapsed = max(time.monotonic() - self.started, 1e-3)
         best = min(elapsed, 1.0)  # a run shorter than a second has no second to be the best one
+        complete = counts["objects"] + counts["skipped"] == run.objects and not counts["unexpected"]
         statuses = {key[1]: counts[key] for key in sorted(key for key in counts if key[0] == "status")}
-        kinds = {"done": "objects", **{k: k for k in ("skipped", "failed", "missing", "different", "unexpected")}}
+        kinds = ("skipped", "failed", "missing", "different", "unexpected")
         shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
         return {
             "mode": "verify" if run.verify else "upload" if run.bucket else "write",
             "destination": run.destination,
-            "exit_status": status,
-            "error": self.total.fatal or None,
+            "exit_status": 128 + number if number else int(not complete or bool(total.fatal or total.failures)),
+            "error": total.fatal or None,
             "objects_planned": run.objects,
-            **{f"objects_{name}": counts[kind] for name, kind in kinds.items()},
-            "failures": self.total.failures,
+            "objects_done": counts["objects"],
+            **{f"objects_{kind}": counts[kind] for kind in kinds},
+            "failures": total.failures,
             "readings": counts["readings"],
             "bytes": counts["bytes"],
             "elapsed_seconds": round(elapsed, 3),
@@ -1221,48 +1215,44 @@ class Progress:
         }
 
     def conclude(self, number: int) -> int:
-        """Report what became of the run, which signal `number` may have ended, and return its exit status."""
-        counts, run, total = self.total.counts, self.run, self.total
-        complete = counts["objects"] + counts["skipped"] == run.objects
-        failed = total.fatal or total.failures or counts["unexpected"] or not complete
-        status = 128 + number if number else int(bool(failed))
-        summary = self.summary(status)
-        for failure in total.failures:
-            say(f"failed: {failure}" if not run.verify else failure)
-        if total.fatal:
-            say(f"error: {total.fatal}")
+        """Report what became of the run, which signal `number` or nothing ended, and return its exit status."""
+        made, verify = self.summary(number), self.run.verify
+        for failure in made["failures"]:
+            say(failure if verify else f"failed: {failure}")
+        if made["error"]:
+            say(f"error: {made['error']}")
         if number:
-            advice = "run it again" if run.verify else "--resume goes on where this run ended"
+            advice = "run it again" if verify else "--resume goes on where this run ended"
             say(f"stopped by {signal.Signals(number).name}; {advice}")
+        kinds = ("missing", "different", "unexpected") if verify else ("failed", "skipped")
         say(
-            f"{counts['objects']:,} objects, {counts['readings']:,} readings, {in_bytes(counts['bytes'])} in "
-            f"{summary['elapsed_seconds']:.2f} s: {summary['mean_objects_per_second']:,.1f} objects/s, "
-            f"{counts['readings'] / summary['elapsed_seconds']:,.0f} readings/s, "
-            f"{in_bytes(summary['mean_bytes_per_second'])}/s; "
-            f"{counts['failed']:,} failed, {counts['skipped']:,} skipped"
+            f"{made['objects_done']:,} objects, {made['readings']:,} readings, {in_bytes(made['bytes'])} in "
+            f"{made['elapsed_seconds']:.2f} s: {made['mean_objects_per_second']:,.1f} objects/s, "
+            f"{made['readings'] / made['elapsed_seconds']:,.0f} readings/s, "
+            f"{in_bytes(made['mean_bytes_per_second'])}/s; "
+            + ", ".join(f"{made[f'objects_{kind}']:,} {kind}" for kind in kinds)
         )
-        if run.verify:
-            say(", ".join(f"{counts[kind]:,} {kind}" for kind in ("missing", "different", "unexpected")))
-        if summary["answers"]:
-            answers = ", ".join(f"{count:,} of {code}" for code, count in summary["answers"].items())
-            times = [(k, 1000 * summary[f"latency_{k}_seconds"]) for k in ("p50", "p95", "p99", "max")]
+        if made["answers"]:
+            answers = ", ".join(f"{count:,} of {code}" for code, count in made["answers"].items())
+            times = (f"{key} {1000 * made[f'latency_{key}_seconds']:,.0f} ms" for key in ("p50", "p95", "p99", "max"))
             say(
-                f"answers      {answers}; {summary['unanswered_requests']:,} requests without one; "
-                f"{summary['throttled_answers']:,} throttled (429, 503), {counts['retries']:,} retries"
+                f"answers      {answers}; {made['unanswered_requests']:,} requests without one; "
+                f"{made['throttled_answers']:,} throttled (429, 503), {made['retries']:,} retries"
             )
-            say(f"latency      {', '.join(f'{name} {value:,.0f} ms' for name, value in times)}")
+            say(f"latency      {', '.join(times)}")
         if len(self.slots) > 1:
             peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
             say(f"throughput   {sparkline(self.slots)} at most {peaks}")
-        if self.as_json:
-            line = json.dumps(summary).encode() + b"\n"
-            try:
-                while line:
-                    line = line[os.write(sys.stdout.fileno(), line) :]
-            except (OSError, AttributeError) as error:  # closed, it is None
-                say(f"error: --json cannot write to standard output: {getattr(error, 'strerror', 'it is closed')}")
-                status = status or 1
-        return status
+        if not self.as_json:
+            return made["exit_status"]
+        line = json.dumps(made).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(sys.stdout.fileno(), line) :]
+        except (OSError, AttributeError) as error:  # closed, it is None
+            say(f"error: --json cannot write to standard output: {getattr(error, 'strerror', 'it is closed')}")
+            return made["exit_status"] or 1
+        return made["exit_status"]
 
 
 def sparkline(values: Sequence[int]) -> str:
@@ -1319,12 +1309,8 @@ def parse_size(text: str) -> int:
 
 def parse_bucket(text: str) -> str:
     """Parse a bucket's name by the rules of https://cloud.google.com/storage/docs/buckets#naming."""
-    parts = text.split(".")
-    if (
-        not 3 <= len(text) <= (222 if len(parts) > 1 else 63)
-        or not all(re.fullmatch("[a-z0-9_-]{1,63}", part) for part in parts)
-        or re.search(r"^[_-]|[_-]$|^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$", text)
-    ):
+    shape = r"[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]|(?=.{3,222}$)[a-z0-9][a-z0-9_-]{,62}(\.[a-z0-9_-]{1,63})+(?<![_-])"
+    if not re.fullmatch(shape, text) or re.search(r"^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be a bucket: 3 to 63 lower-case letters, digits, '-', '_' and '.', letters or digits at "
             "both ends, no IP address, not google nor anything that begins with goog"
@@ -1392,13 +1378,7 @@ def build_parser() -> Parser:
     add("--upload-workers", "N", threads, 2, "batches that a process uploads at once")
     add("--transfer-workers", "N", threads, 16, "uploads at once within a batch (max_workers)")
     add("--retry-timeout", "SECONDS", numbers(1, DAY_SECONDS), 120, "how long a request is tried again")
-    add(
-        "--rps-limit",
-        "R",
-        numbers(1e-6, 10**6, float),
-        None,
-        "objects a second at most, evenly paced (default: no limit)",
-    )
+    add("--rps-limit", "R", numbers(1e-6, 10**6, float), None, "objects a second at most, evenly paced")
     return parser
 
 
