@@ -106,7 +106,7 @@ def upload_server(delay: float = 0.0) -> Iterator[str]:
 def rows_in_memory() -> None:
     """Compare ways to make a meter-day in memory, by CPU seconds."""
     template = generator.render_day_template(DAY, 10)
-    fleet = generator.draw_fleet(0, range(300))
+    fleet = generator.draw_fleet(0, range(1000), by_name=True)  # as in a run of 1,000 meters
     timestamps = [datetime(2024, 1, 1) + timedelta(seconds=10 * index) for index in range(ROWS)]
     texts = polars.Series([f"{timestamp.isoformat()}Z" for timestamp in timestamps])
     levels = polars.Series(range(900)) / 1000
@@ -244,27 +244,16 @@ def fleet_and_memory(scratch: Path) -> None:
 
     def drawn() -> float:
         started = time.process_time()
-        generator.draw_fleet(0, range(meters))
+        generator.draw_fleet(0, range(meters), by_name=True)
         return (time.process_time() - started) / meters
 
     row("fleet", f"{statistics.median(drawn() for _ in range(RUNS)) * 1e6:.2f} µs a meter")
     peaks = []
     with upload_server() as url:
         for fleet in (1000, 1_000_000, 8_000_000):
-            command = [
-                *RUN,
-                "--bucket",
-                "a-bucket",
-                "--temp-dir",
-                scratch / "temp",
-                "--processes",
-                1,
-                "-v",
-                "--meters",
-                fleet,
-            ]
+            flags = ["--bucket", "a-bucket", "--temp-dir", scratch / "temp", "--processes", 1, "-v", "--meters", fleet]
             env = {**os.environ, "STORAGE_EMULATOR_HOST": url}
-            with subprocess.Popen([*map(str, command)], env=env, stderr=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen([*map(str, RUN + flags)], env=env, stderr=subprocess.PIPE, text=True) as process:
                 batches = (line for line in process.stderr if "uploaded 100 of 100" in line)
                 for _ in zip(range(10), batches):
                     pass
