@@ -656,6 +656,8 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
     code = getattr(error, "code", None)
     if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
         code = 401
+    if code == 404 and "upload_id=" in str(error):  # only this upload's session is gone
+        return ""
     remedies = {
         401: "the credentials were not accepted: log in again, or give the VM a service account",
         403: f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser "

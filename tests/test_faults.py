@@ -211,6 +211,23 @@ def test_a_resumable_upload_survives_faults(expected: Callable[..., dict], tmp_p
     assert contents(server) == expected(*flags)
 
 
+def test_an_upload_whose_session_is_lost_does_not_end_the_run(expected: Callable[..., dict], tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    def lose(request: Request) -> Any:
+        if "upload_id" in request.query and not lost:
+            lost.append(request.name)
+        return 404 if "upload_id" in request.query and request.name in lost else None
+
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 60, "--meters-per-file", 20, "--processes", 1)
+    with Server(fault=lose) as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp")
+        assert done.returncode == 1 and "; 1 failed" in done.stderr and "no bucket" not in done.stderr
+        server.fault = lambda request: None
+        assert upload(server, *flags, "--temp-dir", tmp_path / "temp", "--resume").returncode == 0
+    assert contents(server) == expected(*flags)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB, where this machine lets a test mount one."""
