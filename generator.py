@@ -486,9 +486,8 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
         started = time.perf_counter()
         errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
     except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
-        return Outcome(
-            fatal=f"cannot write or upload {batch.folder}: {explain(error)}; see to it, then run with --resume"
-        )
+        reason = f"cannot write or upload {batch.folder}: {explain(error)}; see to it, then run with --resume"
+        return Outcome(fatal=reason)
     outcome = Outcome()
     for file, size, error in zip(batch.files, sizes, errors):
         path = os.path.join(batch.folder, file.name)
@@ -496,16 +495,16 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
             outcome.add(Outcome(Counter(failed=1), [f"{path}: {explain(error)}"], refusal(error, run)))
             continue
         outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
-        try:
-            if bucket:
-                spare = unfinished(run.directory)
+        if bucket:
+            spare = unfinished(run.directory)
+            try:
                 os.rename(path, spare)
                 batch.spare.append(spare)
-        except OSError as refused:
-            if not isinstance(refused, FileNotFoundError):
-                outcome.fatal = (
-                    outcome.fatal or f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
-                )
+            except FileNotFoundError:
+                log.debug("%s was deleted by somebody else", path)
+            except OSError as refused:
+                reason = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
+                outcome.add(Outcome(fatal=reason))
     if bucket:
         done, seconds = outcome.counts["objects"], time.perf_counter() - started
         log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
@@ -805,7 +804,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
             if failed_in_a_row >= enough:
                 reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
-                outcome.fatal = outcome.fatal or f"{reason} (the last error was {outcome.failures[-1]})"
+                outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
             pipeline.report(outcome)
 
     with contextlib.ExitStack() as stack:
@@ -1269,12 +1268,11 @@ def sparkline(values: Sequence[int]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are like those of the rest of the script."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the message without a usage text and exit with status 2."""
-        say(f"{self.prog}: error: {message[:1000]}")
-        raise SystemExit(2)
+        """Raise RunError."""
+        raise RunError(message[:1000])
 
 
 def parse_day(text: str) -> date:
@@ -1440,15 +1438,13 @@ def plan(args: argparse.Namespace) -> Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    erase = ERASE if on_terminal() else ""
-    line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: %(message)s" if args.verbose else "%(message)s"
-    logging.basicConfig(format=erase + line, level=logging.CRITICAL)
-    log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", message=r".*\bPython\b")  # packages that lament an old Python
     try:
+        args = build_parser().parse_args(argv)
+        line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if args.verbose else ""
+        logging.basicConfig(format=f"{ERASE if on_terminal() else ''}{line}%(message)s", level=logging.CRITICAL)
+        log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
         run = plan(args)
         if args.dry_run:
             describe_plan(run)
@@ -1458,7 +1454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             describe_plan(run)
             return execute(claimed, credentials, Progress(run, args.json))
     except RunError as error:
-        say(f"{parser.prog}: error: {error}")
+        say(f"generator.py: error: {error}")
         return error.status
 
 
