@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import ctypes
 import fcntl
@@ -54,7 +55,6 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from multiprocessing.connection import Connection
 from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
-from urllib.parse import urlsplit
 
 import orjson
 from bloom_filter import BloomFilter
@@ -224,18 +224,20 @@ def share(whole: range, index: int, count: int) -> range:
 # The fleet
 
 
-def draw_fleet(seed: int, meters: range, by_name: bool = False, stopping: Sequence[str] = ()) -> array[int]:
+def draw_fleet(seed: int, meters: range, by_name: int = 0, stopping: Sequence[str] = ()) -> array[int]:
     """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
-    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices or, of whole
-    blocks, of their names. Each block has a generator and a filter of its own, of the block's capacity whatever the
-    size of the fleet, so that a larger fleet begins with the smaller one and no block before the first meter's is
-    drawn. One probe of a filter with 8 bits for each meter rejects at most every eighth number that is new; a number
-    that was drawn before is always rejected. What is drawn ends with a block where the run is to stop.
+    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices. Where
+    `by_name` is the number of meters of the whole fleet, those of a block are in the order of their names instead:
+    then all of them are drawn, and the next meter of the last block follows, if it has one. Each block has a generator
+    and a filter of its own, of the block's capacity whatever the size of the fleet, so that a larger fleet begins with
+    the smaller one and no block before the first meter's is drawn. One probe of a filter with 8 bits for each meter
+    rejects at most every eighth number that is new; a number that was drawn before is always rejected. What is drawn
+    ends with a block where the run is to stop.
     """
     log.debug("drawing meters %d to %d", meters[0], meters[-1])
     fleet = array("Q")
-    shift = SUFFIX_BITS - 8 * by_name  # 256 parts are sorted in less memory than one
+    shift = SUFFIX_BITS - (8 if by_name else 0)  # 256 parts are sorted in less memory than one
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         if stopping:
             break
@@ -243,16 +245,16 @@ def draw_fleet(seed: int, meters: range, by_name: bool = False, stopping: Sequen
         bloom = BloomFilter(BLOCK_METERS, 0.02, lambda bloom, suffix: (suffix % bloom.num_bits_m,))
         draw = random.Random(f"{seed}/{block}").getrandbits
         parts = [array("I") for _ in range(1 << SUFFIX_BITS - shift)]
-        for _ in range(min(BLOCK_METERS, meters.stop - block * BLOCK_METERS)):
+        for _ in range(min(BLOCK_METERS, (by_name or meters.stop) - block * BLOCK_METERS)):
             suffix = draw(SUFFIX_BITS)
             while suffix in bloom:
                 suffix = draw(SUFFIX_BITS)
             bloom.add(suffix)
             parts[suffix >> shift].append(suffix)
-        skipped = max(0, meters.start - block * BLOCK_METERS)
         for part in parts:
-            chosen = sorted(part) if by_name else part[skipped:]
-            fleet.extend(array("Q", [block_address(block) | suffix for suffix in chosen]))
+            fleet.extend(array("Q", [block_address(block) | suffix for suffix in (sorted(part) if by_name else part)]))
+    skipped = meters.start % BLOCK_METERS
+    del fleet[skipped + len(meters) + bool(by_name) :], fleet[:skipped]
     return fleet
 
 
@@ -277,50 +279,32 @@ class File(NamedTuple):
     found: Entry | None = None
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Contiguous files of each day, in the order of their names, and the part of the fleet that they are made of.
+def name_files(run: Run, files: range, fleet: array[int]) -> Iterator[File]:
+    """Yield the files of a slice, made of the part of the fleet that was drawn for it, in the order of their names.
 
-    A file of several meters is named by its index. Those of one meter are in the order of their names within a block,
-    so the whole block is drawn: then a slice is one range of names, in which no other slice has any, and meters that
-    follow one another have much of their IDs in common.
+    A file of several meters is named by its index. Those of one meter are in the order of their names within a block:
+    then a slice is one range of names, in which no other slice has any, and meters that follow one another have much
+    of their IDs in common.
     """
-
-    run: Run
-    files: range
-    fleet: array[int]
-    drawn: int  # the fleet index of the first meter in `fleet`
-
-    def __iter__(self) -> Iterator[File]:
-        """Yield the files of a day."""
-        run = self.run
-        for index in self.files:
-            meters = run.meters_of(range(index, index + 1))
-            addresses = self.fleet[meters.start - self.drawn : meters.stop - self.drawn]
-            stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if run.meters_per_file > 1 else f"{addresses[0]:012X}"
-            yield File(f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson", addresses)
-
-    @property
-    def names(self) -> tuple[str, str | None]:
-        """Bound the names, from the first to before the second; the first and last slice have all before and after."""
-
-        def bound(index: int) -> str:
-            if self.run.meters_per_file > 1:
-                return f"meters-{index * self.run.meters_per_file:09d}"
-            block, place = divmod(index, BLOCK_METERS)
-            return f"{self.fleet[index - self.drawn] if place else block_address(block):012X}"
-
-        files, last = self.files, self.run.day_files.stop
-        return bound(files.start) if files.start else "", None if files.stop == last else bound(files.stop)
+    first = files.start * run.meters_per_file
+    for index in files:
+        meters = run.meters_of(range(index, index + 1))
+        addresses = fleet[meters.start - first : meters.stop - first]
+        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if run.meters_per_file > 1 else f"{addresses[0]:012X}"
+        yield File(f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson", addresses)
 
 
-def draw_slice(run: Run, files: range, stopping: Sequence[str] = ()) -> Slice:
-    """Draw what a slice needs of the fleet: its meters, or the blocks of files of one meter."""
-    meters, by_name = run.meters_of(files), run.meters_per_file == 1
-    if by_name:
-        first, last = meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)
-        meters = range(first * BLOCK_METERS, min(last * BLOCK_METERS, run.meters))
-    return Slice(run, files, draw_fleet(run.seed, meters, by_name, stopping), meters.start)
+def bound_names(run: Run, files: range, fleet: array[int]) -> tuple[str, str | None]:
+    """Bound a slice's names, from one to before the other; the first and last slice have all before and after."""
+
+    def bound(index: int) -> str:
+        if run.meters_per_file > 1:
+            return f"meters-{index * run.meters_per_file:09d}"
+        block, place = divmod(index, BLOCK_METERS)
+        return f"{fleet[index - files.start] if place else block_address(block):012X}"
+
+    last = run.day_files.stop
+    return bound(files.start) if files.start else "", None if files.stop == last else bound(files.stop)
 
 
 # The day template and the readings
@@ -434,17 +418,13 @@ def write_file(path: str, part: str, chunks: Iterable[bytes | bytearray], mode: 
 
     Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
     """
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    size = 0
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, mode)
     try:
-        with open(descriptor, "wb", buffering=0) as file:
-            for chunk in chunks:
-                size += len(chunk)
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[file.write(rest) :]
+        with open(descriptor, "wb") as file:
+            file.writelines(chunks)
+            size = file.tell()
             if os.fstat(descriptor).st_size > size:  # it was a longer file
-                file.truncate(size)
+                file.truncate()
         os.rename(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -461,10 +441,8 @@ def unfinished(folder: str) -> str:
 def write_batch(run: Run, batch: Batch) -> list[int]:
     """Write the files of a batch and return their sizes. Raises OSError where the disk refuses."""
     started = time.perf_counter()
-    if run.bucket:
-        os.mkdir(batch.folder, 0o700)
-    else:
-        os.makedirs(batch.folder, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(batch.folder, 0o700 if run.bucket else 0o777)
     sizes = []
     for file, chunks in zip(batch.files, batch_contents(run, batch)):
         part = unfinished(batch.folder)
@@ -481,13 +459,9 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
     What is deleted becomes a spare file, to be written over. A new file instead costs 0.25 to 0.85 ms of CPU more, as
     measured on ext4, which passes over the inodes of files that were deleted within the last minute.
     """
-    try:
-        sizes = written.result()
-        started = time.perf_counter()
-        errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
-    except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no more threads can be started
-        reason = f"cannot write or upload {batch.folder}: {explain(error)}; see to it, then run with --resume"
-        return Outcome(fatal=reason)
+    sizes = written.result()
+    started = time.perf_counter()
+    errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
     outcome = Outcome()
     for file, size, error in zip(batch.files, sizes, errors):
         path = os.path.join(batch.folder, file.name)
@@ -648,11 +622,11 @@ def explain(error: BaseException) -> str:
     return line if len(line) < 200 else f"{line[:200]}..."
 
 
-def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
+def refusal(error: BaseException, run: Run) -> str:
     """Say what to do where an error means that every other request would fail as well; otherwise nothing."""
     from google.auth.exceptions import GoogleAuthError, TransportError
 
-    code = getattr(error, "code", None)
+    code, response = getattr(error, "code", None), getattr(error, "response", None)
     if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
         code = 401
     if code == 404 and "upload_id=" in str(error):  # only this upload's session is gone
@@ -663,9 +637,17 @@ def refusal(error: BaseException, run: Run, listing: bool = False) -> str:
         "on it; with a role that only creates, --resume skips what is there",
         404: f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket",
     }
-    if listing:
+    if response is not None and response.request.method == "GET":
         remedies[403] = f"no permission to list gs://{run.bucket}: grant roles/storage.objectViewer on it"
     return f"{remedies[code]} ({explain(error)})" if code in remedies else ""
+
+
+def end_of_run(error: Exception, run: Run) -> Outcome:
+    """Say why a run cannot go on, and what to do: disk, memory, threads or a listing were refused to it."""
+    log.debug("the run ends", exc_info=error)
+    reason = refusal(error, run) if run.bucket else ""
+    advice = "see to it, or lower --meters or the numbers of workers, then run with --resume"
+    return Outcome(fatal=reason or f"cannot go on: {explain(error)}; {advice}")
 
 
 # What is there already
@@ -710,47 +692,42 @@ class Pipeline:
     """What a process works with: its slice of the run's files, the bucket, if there is one, and who is told."""
 
     run: Run
-    own: Slice
+    files: range
+    fleet: array[int]  # as draw_fleet gives it for the meters of these files
     bucket: Bucket | None
     stopping: Sequence[str]  # not empty where the run is to stop
     report: Report
 
 
 def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
-    """Yield what a day has within the names of the slice, in their order. A day that cannot be listed ends the run."""
+    """Yield what a day has within the names of the slice, in their order. Raises what the client or disk does."""
     run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
-    first, last = pipeline.own.names
-    try:
-        if bucket:
-            bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
-            wanted = "items(name,size,crc32c),nextPageToken"
-            blobs = bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run))
-            entries = (
-                Entry(blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big"))
-                for blob in blobs
-            )
-        else:
-            folder = os.path.join(run.directory, prefix)
-            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if name[-5:] != ".part")
-        for entry in entries:
-            if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
-                yield entry
-    except Exception as error:
-        if not (isinstance(error, OSError) or type(error).__module__.startswith("google.")):
-            raise
-        reason = refusal(error, run, listing=True) if bucket else ""
-        pipeline.report(Outcome(fatal=reason or f"cannot list {run.destination}/{prefix}: {explain(error)}"))
+    first, last = bound_names(run, pipeline.files, pipeline.fleet)
+    if bucket:
+        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
+        wanted = "items(name,size,crc32c),nextPageToken"
+        blobs = bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run))
+        entries = (
+            Entry(blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big"))
+            for blob in blobs
+        )
+    else:
+        folder = os.path.join(run.directory, prefix)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if name[-5:] != ".part")
+    for entry in entries:
+        if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
+            yield entry
 
 
 def choose_files(pipeline: Pipeline, day: date) -> Iterator[File]:
     """Yield the files of a day that are to be made or verified, and report what else the destination shows."""
-    run, report = pipeline.run, pipeline.report
+    run, report, own = pipeline.run, pipeline.report, name_files(pipeline.run, pipeline.files, pipeline.fleet)
     if not (run.resume or run.verify):
-        yield from pipeline.own
+        yield from own
         return
     name_of, skipped = operator.attrgetter("name"), Outcome(Counter(skipped=1))
-    both = heapq.merge(pipeline.own, list_day(pipeline, day), key=name_of)
+    both = heapq.merge(own, list_day(pipeline, day), key=name_of)
     for name, same in itertools.groupby(both, name_of):
         known = {type(item): item for item in same}
         file, found = known.get(File), known.get(Entry)
@@ -785,7 +762,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
     run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
     """
     run = pipeline.run
-    free, failed_in_a_row = run.files_on_disk(pipeline.own.files), 0
+    free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
     in_flight = free  # a paced run is to stop soon after a signal, too
     if run.rps_limit:
         in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
@@ -799,7 +776,8 @@ def run_pipeline(pipeline: Pipeline) -> None:
         done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
         pipeline.report(Outcome())
         for future in done:
-            outcome = future.result()
+            error = future.exception()
+            outcome = end_of_run(error, run) if error else future.result()
             free += pending.pop(future) - outcome.counts["failed"]
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
             if failed_in_a_row >= enough:
@@ -807,9 +785,9 @@ def run_pipeline(pipeline: Pipeline) -> None:
                 outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
             pipeline.report(outcome)
 
-    with contextlib.ExitStack() as stack:
-        write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
-        upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
+    write_executor = ThreadPoolExecutor(run.write_workers, "write")
+    upload_executor = ThreadPoolExecutor(run.upload_workers, "upload")
+    try:
         for batch in plan_batches(pipeline, batch_files, spare):
             count = len(batch.files)
             while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
@@ -824,11 +802,12 @@ def run_pipeline(pipeline: Pipeline) -> None:
             if not run.verify:
                 work = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, work)
             pending[work] = count
+    finally:
         while pending:
             settle()
-    for path in spare:
-        with contextlib.suppress(OSError):  # the next run clears it
-            os.unlink(path)
+        for path in spare:
+            with contextlib.suppress(OSError):  # the next run clears it
+                os.unlink(path)
 
 
 # A run: its directory, its processes, its signals
@@ -852,11 +831,12 @@ def run_slice(
 
     try:
         bucket = open_bucket(run, credentials, gauge)
-        own = draw_slice(run, run.slices[index], stopping)
+        files = run.slices[index]
+        fleet = draw_fleet(run.seed, run.meters_of(files), run.meters if run.meters_per_file == 1 else 0, stopping)
         if not stopping:
-            run_pipeline(Pipeline(run, own, bucket, stopping, tell))
-    except (MemoryError, OSError, RuntimeError) as error:  # RuntimeError: no more threads can be started
-        tell(Outcome(fatal=f"{explain(error)}: see to it, or lower --meters or the numbers of workers"))
+            run_pipeline(Pipeline(run, files, fleet, bucket, stopping, tell))
+    except Exception as error:
+        tell(end_of_run(error, run))
     tell(Outcome(), now=True)
 
 
@@ -874,32 +854,6 @@ def clear_spools(directory: str) -> None:
             os.rmdir(folder)
 
 
-def lock_directory(directory: str) -> int:
-    """Lock a directory and return the descriptor that holds the lock; a crash leaves none behind.
-
-    Raises RunError if another run holds it.
-    """
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        spools = [*filter(None, map(SPOOL.fullmatch, os.listdir(directory)))]
-        holder = f"process {spools[0][1]}" if len(spools) == 1 else "another run"
-        raise RunError(f"--temp-dir {directory!r} is in use by {holder}; wait or give another one", 1) from None
-    return lock
-
-
-def check_room(run: Run, flag: str) -> None:
-    """Raise RunError where the file system of the run's directory has too little room for it."""
-    free, needed = shutil.disk_usage(run.directory).free, run.disk_bytes
-    if run.gzip and not run.bucket:  # it compresses to 8% at the best
-        needed = run.readings * ROW_BYTES // 12
-    if free < needed and (run.bucket or not run.resume):  # of local files, some are there already
-        advice = "lower --batch-size or --max-disk" if run.bucket else "ask for fewer days or meters"
-        raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
-
-
 @contextlib.contextmanager
 def claim_directory(run: Run) -> Iterator[Run]:
     """See that the run's directory can be written and has room, and yield a run that uses it.
@@ -908,19 +862,31 @@ def claim_directory(run: Run) -> Iterator[Run]:
     a time has. What an earlier run left there is cleared, and nothing else is ever touched. Files whose upload fails
     stay; otherwise the temp directory is left as it was found. Raises RunError where the directory cannot be had.
     """
-    flag = f"--{'temp' if run.bucket else 'output'}-dir {run.directory!r}"
+    directory, needed, advice = run.directory, run.disk_bytes, "lower --batch-size or --max-disk"
+    if not run.bucket:
+        advice = "ask for fewer days or meters"
+        if run.resume or run.gzip:  # some files are there already; others compress to 8% at the best
+            needed = 0 if run.resume else run.readings * ROW_BYTES // 12
+    flag = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     with contextlib.ExitStack() as stack:
         try:
-            os.makedirs(run.directory, exist_ok=True)
-            with tempfile.TemporaryFile(dir=run.directory):
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
                 pass
             if run.bucket:
-                stack.callback(os.close, lock_directory(run.directory))
-                clear_spools(run.directory)
-            check_room(run, flag)
+                lock = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
+                clear_spools(directory)
+            free = shutil.disk_usage(directory).free
+            if free < needed:
+                raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
             if run.bucket:
-                spool = tempfile.mkdtemp(prefix=f".wattif-{os.getpid()}-", dir=run.directory)
-                run = replace(run, directory=spool)
+                run = replace(run, directory=tempfile.mkdtemp(prefix=f".wattif-{os.getpid()}-", dir=directory))
+        except BlockingIOError:
+            spools = filter(None, map(SPOOL.fullmatch, os.listdir(directory)))
+            holders = " or ".join(f"process {spool[1]}" for spool in spools) or "another run"
+            raise RunError(f"{flag} is in use by {holders}; wait or give another one", 1) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
@@ -934,10 +900,8 @@ def find_credentials() -> Any:
     """Find the Application Default Credentials, or None for an emulator. Raises RunError where there are none."""
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(emulator)
-            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-                return None
+        if re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[1-9][0-9]{,4})?(/.*)?", emulator):
+            return None
         raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; with --bucket it is used")
     import google.auth
     from google.auth.exceptions import GoogleAuthError
@@ -958,20 +922,19 @@ def keep_freed_memory() -> None:
     """
     mmap_threshold, trim_threshold, top_pad, arena_max = (-3, 32 << 20), (-1, 512 << 20), (-2, 16 << 20), (-8, 1)
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in (mmap_threshold, trim_threshold, top_pad, arena_max):
-            mallopt(parameter, value)
+        for parameter in (mmap_threshold, trim_threshold, top_pad, arena_max):
+            ctypes.CDLL("libc.so.6").mallopt(*parameter)
 
 
-def run_child(work: Callable[..., None], index: int, ours: Connection, others: Sequence[Connection]) -> None:
+def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: Connection) -> None:
     """Be one of several processes: do the index-th slice and send what became of each batch.
 
-    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
+    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process, and
+    then those that were started earlier, of whose connections this one has a copy.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for other in others:  # a copy would hide that the parent is gone
-        other.close()
+    theirs.close()  # it would hide that the parent is gone
     stopping: list[str] = []
 
     def follow_parent() -> None:
@@ -992,37 +955,34 @@ def run_children(run: Run, work: Callable[..., None], stopping: list[str], repor
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
     context = multiprocessing.get_context("fork")
-    children: dict[Connection, tuple[int, multiprocessing.process.BaseProcess]] = {}
+    children: dict[Connection, tuple[range, multiprocessing.process.BaseProcess]] = {}
     with contextlib.ExitStack() as stack:
         try:
-            for index in range(len(run.slices)):
+            for index, files in enumerate(run.slices):
                 ours, theirs = map(stack.enter_context, context.Pipe())
-                child = context.Process(target=run_child, args=(work, index, theirs, [ours, *children]), daemon=True)
+                child = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
                 child.start()
                 theirs.close()
-                children[ours] = (index, child)
+                children[ours] = (files, child)
         except OSError as error:
             reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
             report(Outcome(fatal=reason))
             return
-        told = False
         while children:
-            if stopping and not told:
-                told = True
-                for connection in children:
-                    with contextlib.suppress(OSError):
-                        connection.send("stop")
+            for connection in children if stopping else ():
+                with contextlib.suppress(OSError):
+                    connection.send("stop")
             report(Outcome())
             for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
                 try:
                     outcome = connection.recv()
                 except (EOFError, OSError):
-                    index, child = children.pop(connection)
+                    files, child = children.pop(connection)
                     child.join()
-                    files = run.slices[index]
-                    ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
-                    failures = [f"files {files[0]} to {files[-1]} of each day: {ending}"] if child.exitcode else []
-                    outcome = Outcome(failures=failures)
+                    outcome = Outcome()
+                    if child.exitcode:
+                        ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
+                        outcome.failures.append(f"files {files[0]} to {files[-1]} of each day: {ending}")
                 report(outcome)
 
 
@@ -1035,19 +995,18 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
     signals: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        if signals:
-            os.write(sys.stderr.fileno(), ERASE.encode() if on_terminal() else b"")
-            os._exit(128 + number)
         signals.append(number)
+        told = "stopping: the batches in flight finish; another signal stops at once\n" if len(signals) == 1 else ""
+        # Not by say(), whose write the signal may have interrupted.
+        os.write(sys.stderr.fileno(), f"{ERASE if on_terminal() else ''}{told}".encode())
+        if not told:
+            os._exit(128 + number)
         stopping.append("signal")
 
     def report(outcome: Outcome) -> None:
         progress.update(outcome)
         if outcome.fatal:
             stopping.append(outcome.fatal)
-        if stopping == ["signal"]:
-            stopping.append("said")
-            say("stopping: the batches in flight finish; another signal stops at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -1113,9 +1072,9 @@ class Progress:
         """Begin to count time."""
         self.run, self.as_json, self.total = run, as_json, Outcome()
         self.started = self.shown = time.monotonic()
-        self.recent: deque[list[int]] = deque([[0, 0, 0]], RATE_SECONDS)  # of a second: its number, bytes, objects
+        self.marks = deque([(0.0, 0, 0)], RATE_SECONDS)  # each second: the time, the bytes and objects till then
         self.slots, self.slot_seconds = [0], 1
-        self.peaks = [0, 0]  # bytes and objects of the best second
+        self.peaks = [0.0, 0.0]  # bytes and objects a second, in the best one
 
     def update(self, outcome: Outcome) -> None:
         """Add what became of some files, and show it if it is time to."""
@@ -1123,8 +1082,8 @@ class Progress:
         if self.run.verify:
             del self.total.failures[NAMED:]  # the counts tell how many there are
         now, interactive = time.monotonic(), on_terminal()
-        arrived = ("sent_bytes", "arrived") if self.run.bucket and not self.run.verify else ("bytes", "objects")
-        self.count(int(now - self.started), *(outcome.counts[kind] for kind in arrived))
+        if now - self.started >= self.marks[-1][0] + 1:
+            self.mark(now - self.started)
         if now - self.shown < (TICK_SECONDS if interactive else LOG_SECONDS):
             return
         self.shown = now
@@ -1134,31 +1093,31 @@ class Progress:
         else:
             log.info("%s", self.live_line(200))
 
-    def count(self, second: int, size: int, objects: int) -> None:
-        """Count bytes and objects that arrived in a second of the run."""
-        if not size:
-            return
-        if self.recent[-1][0] != second:
-            self.recent.append([second, 0, 0])
-        self.recent[-1][1:] = best = [self.recent[-1][1] + size, self.recent[-1][2] + objects]
-        self.peaks = [*map(max, self.peaks, best)]
-        while second // self.slot_seconds >= SLOTS:
+    def mark(self, elapsed: float) -> None:
+        """Take down what arrived since the last mark; of uploads what was answered, which is known sooner."""
+        uploads = self.run.bucket and not self.run.verify
+        kinds = ("sent_bytes", "arrived") if uploads else ("bytes", "objects")
+        self.marks.append((elapsed, *(self.total.counts[kind] for kind in kinds)))
+        since, (seconds, *gains) = self.marks[-2][0], map(operator.sub, self.marks[-1], self.marks[-2])
+        seconds = max(seconds, min(elapsed, 1.0))  # the end of a run makes no second of its own
+        self.peaks = [max(peak, gain / seconds) for peak, gain in zip(self.peaks, gains)]
+        while since // self.slot_seconds >= SLOTS:
             self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
             self.slot_seconds *= 2
-        self.slots += [0] * (second // self.slot_seconds + 1 - len(self.slots))
-        self.slots[-1] += size
+        self.slots += [0] * (int(since) // self.slot_seconds + 1 - len(self.slots))
+        self.slots[-1] += gains[0]
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is left out first."""
         counts, objects = self.total.counts, max(1, self.run.objects)
         done = sum(counts[kind] for kind in ("objects", "skipped", "failed", "missing", "different"))
         elapsed = time.monotonic() - self.started
-        recent = sum(size for second, size, _ in self.recent if second >= elapsed - RATE_SECONDS)
+        seconds, size, _ = map(operator.sub, self.marks[-1], self.marks[0])
         left = elapsed / (done - counts["skipped"]) * (objects - done) if done > counts["skipped"] else math.inf
         pieces = [
             f"{100 * done // objects:3d}%",
             f"{done:,}/{self.run.objects:,} objects",
-            f"{in_bytes(recent / min(max(elapsed, 0.1), RATE_SECONDS))}/s",
+            f"{in_bytes(size / max(seconds, 1.0))}/s",
             f"{timedelta(seconds=round(left))} left" if left < 8e6 else "",
             f"{counts['readings']:,} readings",
             f"{counts['retries']:,} retries" if counts["retries"] else "",
@@ -1175,17 +1134,15 @@ class Progress:
     def latency(self, share: float) -> float:
         """Return the seconds within which a share of the answers came, with an error of 2.5% at the most."""
         latencies = sorted((key[1], count) for key, count in self.total.counts.items() if key[0] == "latency")
-        wanted = share * sum(count for _, count in latencies)
-        reached = itertools.accumulate(count for _, count in latencies)
-        return next(
-            (LATENCY_BASE**exponent for (exponent, _), sofar in zip(latencies, reached) if sofar >= wanted), 0.0
-        )
+        exponents, counts = zip(*latencies or [(-math.inf, 0)])
+        reached = [*itertools.accumulate(counts)]
+        return LATENCY_BASE ** exponents[bisect.bisect_left(reached, share * reached[-1])]
 
     def summary(self, number: int) -> dict[str, Any]:
         """Return the report for programs on a run that signal `number` or nothing ended; the README has its keys."""
         counts, total, run = self.total.counts, self.total, self.run
         elapsed = max(time.monotonic() - self.started, 1e-3)
-        best = min(elapsed, 1.0)  # a run shorter than a second has no second to be the best one
+        self.mark(elapsed)
         complete = counts["objects"] + counts["skipped"] == run.objects and not counts["unexpected"]
         statuses = {key[1]: counts[key] for key in sorted(key for key in counts if key[0] == "status")}
         kinds = ("skipped", "failed", "missing", "different", "unexpected")
@@ -1204,8 +1161,8 @@ class Progress:
             "elapsed_seconds": round(elapsed, 3),
             "mean_bytes_per_second": round(counts["bytes"] / elapsed),
             "mean_objects_per_second": round(counts["objects"] / elapsed, 3),
-            "peak_bytes_per_second": round(self.peaks[0] / best),
-            "peak_objects_per_second": round(self.peaks[1] / best, 3),
+            "peak_bytes_per_second": round(self.peaks[0]),
+            "peak_objects_per_second": round(self.peaks[1], 3),
             **{f"latency_{name}_seconds": round(self.latency(share), 6) for name, share in shares.items()},
             "answers": {str(code): count for code, count in statuses.items() if code},
             "unanswered_requests": statuses.get(0, 0),
@@ -1241,15 +1198,14 @@ class Progress:
                 f"{made['throttled_answers']:,} throttled (429, 503), {made['retries']:,} retries"
             )
             say(f"latency      {', '.join(times)}")
-        if len(self.slots) > 1:
-            peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,} objects/s"
+        if len(self.slots) > 1 and self.peaks[0]:
+            peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,.0f} objects/s"
             say(f"throughput   {sparkline(self.slots)} at most {peaks}")
         if not self.as_json:
             return made["exit_status"]
-        line = json.dumps(made).encode() + b"\n"
         try:
-            while line:
-                line = line[os.write(sys.stdout.fileno(), line) :]
+            with open(sys.stdout.fileno(), "w", closefd=False) as out:
+                print(json.dumps(made), file=out)
         except (OSError, AttributeError) as error:  # closed, it is None
             say(f"error: --json cannot write to standard output: {getattr(error, 'strerror', 'it is closed')}")
             return made["exit_status"] or 1
@@ -1395,14 +1351,13 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
     """Return which share of the run this is, of how many, and who said so. Raises RunError on half an answer."""
     index, count, source = args.task_index, args.task_count, "--task-index"
     engine = next((names for names in ENGINES if names[0] in os.environ), None)
-    if engine:
-        told = {name: os.environ[name] for name in engine if name in os.environ}
-        if not all(re.fullmatch("[0-9]{1,12}", value) for value in told.values()):
+    if engine and None in (index, count):
+        told = [os.environ.get(name, "0") for name in engine]
+        if not all(re.fullmatch("[0-9]{1,12}", value) for value in told):
             raise RunError(f"{engine[0]} and its like are not numbers; give --task-index and --task-count instead")
         if index is None:
-            index, source = int(told[engine[0]]) - int(told.get(engine[2], "0")), engine[0]
-        if count is None and engine[1] in told:
-            count = int(told[engine[1]])
+            index, source = int(told[0]) - int(told[2]), engine[0]
+        count = count or int(told[1]) or None
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None:

@@ -167,9 +167,9 @@ def test_names_of_the_last_block_are_bounded() -> None:
     args = ["--start", "2024-01-01", "--end", "2024-01-01", "--meters", str(2**36), "--task-count", "8"]
     run = generator.plan(generator.build_parser().parse_args([*args, "--task-index", "6"]))
     files = generator.share(run.day_files, 6, 8)
-    names = [generator.Slice(run, part, array("Q"), 0).names for part in (files, range(files.stop, files.stop + 2**20))]
+    names = [generator.bound_names(run, part, array("Q")) for part in (files, range(files.stop, files.stop + 2**20))]
     assert names == [("02C000000000", "02E000000000"), ("02E000000000", "02E001000000")]
-    assert generator.Slice(run, range(2**36 - 2**20, 2**36), array("Q"), 0).names == ("02FFFF000000", None)
+    assert generator.bound_names(run, range(2**36 - 2**20, 2**36), array("Q")) == ("02FFFF000000", None)
 
 
 def test_verify_of_a_slice_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
