@@ -88,14 +88,15 @@ CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by 
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
 SPOOL = re.compile(r"\.wattif-(\d+)-\w+")  # the directory of a run's process, in the temp directory
-SPOOLED = re.compile(r"([0-9A-F]{12}|meters-\d+-\d+)\.ndjson(\.gz)?|\.[0-9a-f]+\.part")
+UNFINISHED = re.compile(r"\.[0-9a-f]+\.part")
+SPOOLED = re.compile(rf"([0-9A-F]{{12}}|meters-\d+-\d+)\.ndjson(\.gz)?|{UNFINISHED.pattern}")
 DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
 REQUEST_TIMEOUT = 60.0
 TICK_SECONDS = 0.1  # between looks at what has happened, and between live lines
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
 PACED_SECONDS = 10  # of uploads that a paced run has in flight, so that it stops soon after a signal
-NAMED = 20  # of what --verify finds
+NAMED = 20  # of what each process of --verify finds
 SLOTS = 60  # of the throughput over a run
 RATE_SECONDS = 10  # over which the live line's MB/s are taken
 LOG_SECONDS = 30  # between progress lines where there is no terminal
@@ -182,10 +183,6 @@ class Run:
         size = meters * self.rows * ROW_BYTES
         return size + size // 1000 + 64 if self.gzip else size
 
-    def may_have(self, size: int, meters: int) -> bool:
-        """Say whether a file of so many meters may be whole: it has the right size or, with --gzip, any but none."""
-        return size > 0 if self.gzip else size == self.file_bytes(meters)
-
     @property
     def file_disk(self) -> int:
         """The most bytes of disk that a file takes; one to be uploaded with a directory and the one above that."""
@@ -199,7 +196,7 @@ class Run:
 
     def files_on_disk(self, files: range) -> int:
         """The most files of a slice that wait on disk at once; where files are large, they make smaller batches."""
-        room = (self.max_disk or sys.maxsize) // len(self.slices) // self.file_disk
+        room = sys.maxsize if self.verify else (self.max_disk or sys.maxsize) // len(self.slices) // self.file_disk
         in_batches = self.batches * max(1, self.batch_size // self.meters_per_file)
         return min(room, in_batches, len(self.days) * len(files))
 
@@ -522,16 +519,16 @@ class Gauge:
             self.counts["retries"] += again
             if self.limit and self.turns and request.method == "POST" and not again:
                 fcntl.lockf(self.turns, fcntl.LOCK_EX)  # the kernel unlocks it where a process is killed
-                last = array("d", os.pread(self.turns.fileno(), 8, 0) or bytes(8))[0]
+                last = array("d", os.pread(self.turns.fileno(), 8, 0))[0]
                 turn = max(last + 1 / self.limit, turn)
                 os.pwrite(self.turns.fileno(), array("d", [turn]).tobytes(), 0)
                 fcntl.lockf(self.turns, fcntl.LOCK_UN)
         time.sleep(max(0.0, turn - time.monotonic()))
         self.last.call, self.last.started = call, time.monotonic()
 
-    def end(self, request: Any, status: int = 0, seconds: float = 0.0) -> None:
+    def end(self, request: Any, status: int = 0) -> None:
         """Count how the thread's last request was answered; status 0 stands for not at all."""
-        size = len(request.body or b"")
+        size, seconds = len(request.body or b""), time.monotonic() - self.last.started  # without the wait for a turn
         with self.lock:
             self.counts["status", status] += 1
             if status and request.method != "GET":
@@ -571,14 +568,11 @@ def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
                 gauge.end(request)
                 raise
 
-    def note_answer(response: Any, **_: Any) -> None:
-        gauge.end(response.request, response.status_code, response.elapsed.total_seconds())
-
     client = storage.Client(project=None, credentials=credentials)
     session = client._http  # as the library's documentation does to widen the pool of connections
     for scheme in ("https://", "http://"):
         session.mount(scheme, GaugedAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
-    session.hooks["response"].append(note_answer)
+    session.hooks["response"].append(lambda answer, **_: gauge.end(answer.request, answer.status_code))
     # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
     found = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
     session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
@@ -643,8 +637,12 @@ def refusal(error: BaseException, run: Run) -> str:
 
 
 def end_of_run(error: Exception, run: Run) -> Outcome:
-    """Say why a run cannot go on, and what to do: disk, memory, threads or a listing were refused to it."""
-    log.debug("the run ends", exc_info=error)
+    """Say why a run cannot go on, and what to do: disk, memory, threads or a listing were refused to it.
+
+    Raises any other error again.
+    """
+    if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
+        raise error
     reason = refusal(error, run) if run.bucket else ""
     advice = "see to it, or lower --meters or the numbers of workers, then run with --resume"
     return Outcome(fatal=reason or f"cannot go on: {explain(error)}; {advice}")
@@ -703,6 +701,10 @@ def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
     """Yield what a day has within the names of the slice, in their order. Raises what the client or disk does."""
     run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
     first, last = bound_names(run, pipeline.files, pipeline.fleet)
+
+    def is_own(name: str) -> bool:
+        return first <= name and (last is None or name < last)
+
     if bucket:
         bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
         wanted = "items(name,size,crc32c),nextPageToken"
@@ -713,11 +715,9 @@ def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
         )
     else:
         folder = os.path.join(run.directory, prefix)
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if name[-5:] != ".part")
-    for entry in entries:
-        if first <= entry.name and (last is None or entry.name < last):  # not every emulator heeds the bounds
-            yield entry
+        names = sorted(filter(is_own, os.listdir(folder))) if os.path.isdir(folder) else []
+        entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if not UNFINISHED.fullmatch(name))
+    yield from (entry for entry in entries if is_own(entry.name))  # not every emulator heeds the bounds
 
 
 def choose_files(pipeline: Pipeline, day: date) -> Iterator[File]:
@@ -731,11 +731,12 @@ def choose_files(pipeline: Pipeline, day: date) -> Iterator[File]:
     for name, same in itertools.groupby(both, name_of):
         known = {type(item): item for item in same}
         file, found = known.get(File), known.get(Entry)
+        whole = file and found and (found.size == run.file_bytes(len(file.meters)) or (run.gzip and found.size))
         if pipeline.stopping:
             return
         if run.verify and not (file and found):
             report(differ("missing" if file else "unexpected", day, name))
-        elif run.resume and file and found and run.may_have(found.size, len(file.meters)):
+        elif run.resume and whole:
             report(skipped)
         elif file:
             yield file._replace(found=found)
@@ -763,17 +764,25 @@ def run_pipeline(pipeline: Pipeline) -> None:
     """
     run = pipeline.run
     free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
-    in_flight = free  # a paced run is to stop soon after a signal, too
-    if run.rps_limit:
-        in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
+    # A paced run is to stop soon after a signal, too.
+    in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices))) if run.rps_limit else free
     enough = max(2, free // run.batches)  # failures in a row
     batch_files = max(1, min(free // run.batches, in_flight // run.upload_workers))
+    if run.rps_limit and batch_files > run.transfer_workers:  # no thread idle in a batch's last round
+        batch_files -= batch_files % run.transfer_workers
     pending: dict[Future[Outcome], int] = {}
     spare: list[str] = []
+    settled = 0.0  # when
 
-    def settle() -> None:
-        nonlocal free, failed_in_a_row
-        done, _ = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
+    def report(outcome: Outcome) -> None:
+        pipeline.report(outcome)
+        if time.monotonic() > settled + TICK_SECONDS:  # many files may be skipped before there is a batch
+            settle(0.0)
+
+    def settle(seconds: float = TICK_SECONDS) -> None:
+        nonlocal free, failed_in_a_row, settled
+        done, _ = wait(pending, seconds, FIRST_COMPLETED)
+        settled = time.monotonic()
         pipeline.report(Outcome())
         for future in done:
             error = future.exception()
@@ -785,29 +794,30 @@ def run_pipeline(pipeline: Pipeline) -> None:
                 outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
             pipeline.report(outcome)
 
-    write_executor = ThreadPoolExecutor(run.write_workers, "write")
-    upload_executor = ThreadPoolExecutor(run.upload_workers, "upload")
-    try:
-        for batch in plan_batches(pipeline, batch_files, spare):
-            count = len(batch.files)
-            while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
+    with contextlib.ExitStack() as stack:
+        write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
+        upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
+        try:
+            for batch in plan_batches(replace(pipeline, report=report), batch_files, spare):
+                count = len(batch.files)
+                while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
+                    settle()
+                if not pipeline.stopping and free < count:
+                    reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
+                    pipeline.report(Outcome(fatal=reason))
+                if pipeline.stopping:
+                    break
+                free -= count
+                work = write_executor.submit(verify_batch if run.verify else write_batch, run, batch)
+                if not run.verify:
+                    work = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, work)
+                pending[work] = count
+        finally:
+            while pending:
                 settle()
-            if not pipeline.stopping and free < count:
-                reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
-                pipeline.report(Outcome(fatal=reason))
-            if pipeline.stopping:
-                break
-            free -= count
-            work = write_executor.submit(verify_batch if run.verify else write_batch, run, batch)
-            if not run.verify:
-                work = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, work)
-            pending[work] = count
-    finally:
-        while pending:
-            settle()
-        for path in spare:
-            with contextlib.suppress(OSError):  # the next run clears it
-                os.unlink(path)
+            for path in spare:
+                with contextlib.suppress(OSError):  # the next run clears it
+                    os.unlink(path)
 
 
 # A run: its directory, its processes, its signals
@@ -817,10 +827,13 @@ def run_slice(
     run: Run, credentials: Any, turns: IO[bytes] | None, index: int, stopping: list[str], report: Report
 ) -> None:
     """Do or verify the index-th slice; what makes that impossible ends the run. Reports go on together, every tick."""
-    gauge, told, due = Gauge(run.retry_timeout, run.rps_limit, turns), Outcome(), 0.0
+    gauge, told, due, named = Gauge(run.retry_timeout, run.rps_limit, turns), Outcome(), 0.0, 0
 
     def tell(outcome: Outcome, now: bool = False) -> None:
-        nonlocal told, due
+        nonlocal told, due, named
+        if run.verify:  # the counts tell how many there are
+            del outcome.failures[max(0, NAMED - named) :]
+            named += len(outcome.failures)
         told.add(outcome)
         if outcome.fatal:
             stopping.append(outcome.fatal)
@@ -855,8 +868,8 @@ def clear_spools(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def claim_directory(run: Run) -> Iterator[Run]:
-    """See that the run's directory can be written and has room, and yield a run that uses it.
+def claim_directory(run: Run) -> Iterator[tuple[Run, IO[bytes] | None]]:
+    """See that the run's directory can be written and has room; yield a run that uses it, and a file for its turns.
 
     Files that wait for their upload lie in a directory of the run's own below the temp directory, which one run at
     a time has. What an earlier run left there is cleared, and nothing else is ever touched. Files whose upload fails
@@ -871,8 +884,11 @@ def claim_directory(run: Run) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(directory, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
+            turns = stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+            turns.write(array("d", [-math.inf]).tobytes())
+            if run.rps_limit:
+                fcntl.lockf(turns, fcntl.LOCK_EX)  # not every file system can
+                fcntl.lockf(turns, fcntl.LOCK_UN)
             if run.bucket:
                 lock = os.open(directory, os.O_RDONLY)
                 stack.callback(os.close, lock)
@@ -890,7 +906,7 @@ def claim_directory(run: Run) -> Iterator[Run]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
-        yield run
+        yield run, turns
         if run.bucket:
             with contextlib.suppress(OSError):  # files whose upload failed are in it
                 os.rmdir(run.directory)
@@ -926,15 +942,15 @@ def keep_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").mallopt(*parameter)
 
 
-def run_child(work: Callable[..., None], index: int, ours: Connection, theirs: Connection) -> None:
+def run_child(work: Callable[..., None], index: int, ours: Connection, others: Sequence[Connection]) -> None:
     """Be one of several processes: do the index-th slice and send what became of each batch.
 
-    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process, and
-    then those that were started earlier, of whose connections this one has a copy.
+    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    theirs.close()  # it would hide that the parent is gone
+    for other in others:  # a copy would hide that the parent is gone
+        other.close()
     stopping: list[str] = []
 
     def follow_parent() -> None:
@@ -960,7 +976,7 @@ def run_children(run: Run, work: Callable[..., None], stopping: list[str], repor
         try:
             for index, files in enumerate(run.slices):
                 ours, theirs = map(stack.enter_context, context.Pipe())
-                child = context.Process(target=run_child, args=(work, index, theirs, ours), daemon=True)
+                child = context.Process(target=run_child, args=(work, index, theirs, [ours, *children]), daemon=True)
                 child.start()
                 theirs.close()
                 children[ours] = (files, child)
@@ -981,12 +997,15 @@ def run_children(run: Run, work: Callable[..., None], stopping: list[str], repor
                     child.join()
                     outcome = Outcome()
                     if child.exitcode:
-                        ending = f"their process ended with exit code {child.exitcode}; run again with --resume"
+                        advice = "run it again" if run.verify else "run again with --resume"
+                        ending = f"their process ended with exit code {child.exitcode}; {advice}"
                         outcome.failures.append(f"files {files[0]} to {files[-1]} of each day: {ending}")
+                if outcome.fatal:
+                    stopping.append(outcome.fatal)
                 report(outcome)
 
 
-def execute(run: Run, credentials: Any, progress: Progress) -> int:
+def execute(run: Run, credentials: Any, turns: IO[bytes] | None, progress: Progress) -> int:
     """Do a whole run, with its progress and report, and return its exit status.
 
     The first SIGINT or SIGTERM lets the batches in flight finish; the second ends the process at once.
@@ -998,26 +1017,20 @@ def execute(run: Run, credentials: Any, progress: Progress) -> int:
         signals.append(number)
         told = "stopping: the batches in flight finish; another signal stops at once\n" if len(signals) == 1 else ""
         # Not by say(), whose write the signal may have interrupted.
-        os.write(sys.stderr.fileno(), f"{ERASE if on_terminal() else ''}{told}".encode())
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{ERASE if on_terminal() else ''}{told}".encode())
         if not told:
             os._exit(128 + number)
         stopping.append("signal")
 
-    def report(outcome: Outcome) -> None:
-        progress.update(outcome)
-        if outcome.fatal:
-            stopping.append(outcome.fatal)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     keep_freed_memory()
-    paced = run.rps_limit and run.slices and not run.verify
-    with tempfile.TemporaryFile(dir=run.directory) if paced else contextlib.nullcontext() as turns:
-        work = functools.partial(run_slice, run, credentials, turns)
-        if len(run.slices) > 1:
-            run_children(run, work, stopping, report)
-        elif run.slices:
-            work(0, stopping, report)
+    work = functools.partial(run_slice, run, credentials, turns)
+    if len(run.slices) > 1:
+        run_children(run, work, stopping, progress.update)
+    elif run.slices:
+        work(0, stopping, progress.update)
     return progress.conclude(signals[0] if signals else 0)
 
 
@@ -1029,11 +1042,16 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def show(text: str) -> None:
+    """Write text to standard error in place of the live line; that its disk is full or its reader gone ends no run."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{ERASE if on_terminal() else ''}{text}")
+        sys.stderr.flush()
+
+
 def say(line: str) -> None:
-    """Tell a person one line, control characters escaped, in place of the live line if there is one."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
-    sys.stderr.write(f"{ERASE if on_terminal() else ''}{shown}\n")
-    sys.stderr.flush()
+    """Tell a person one line, with control characters escaped."""
+    show("".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line) + "\n")
 
 
 def in_bytes(count: float) -> str:
@@ -1079,8 +1097,6 @@ class Progress:
     def update(self, outcome: Outcome) -> None:
         """Add what became of some files, and show it if it is time to."""
         self.total.add(outcome)
-        if self.run.verify:
-            del self.total.failures[NAMED:]  # the counts tell how many there are
         now, interactive = time.monotonic(), on_terminal()
         if now - self.started >= self.marks[-1][0] + 1:
             self.mark(now - self.started)
@@ -1088,8 +1104,7 @@ class Progress:
             return
         self.shown = now
         if interactive:
-            sys.stderr.write(ERASE + self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
-            sys.stderr.flush()
+            show(self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
         else:
             log.info("%s", self.live_line(200))
 
@@ -1237,9 +1252,8 @@ def parse_day(text: str) -> date:
     if text in ("today", "yesterday"):
         return today - timedelta(days=text == "yesterday")
     with contextlib.suppress(ValueError):
-        parsed = datetime.strptime(text, "%Y-%m-%d").date()
-        if parsed.isoformat() == text:
-            return parsed
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return date.fromisoformat(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a day: write YYYY-MM-DD, today or yesterday (UTC)")
 
 
@@ -1334,7 +1348,7 @@ def build_parser() -> Parser:
     add("--upload-workers", "N", threads, 2, "batches that a process uploads at once")
     add("--transfer-workers", "N", threads, 16, "uploads at once within a batch (max_workers)")
     add("--retry-timeout", "SECONDS", numbers(1, DAY_SECONDS), 120, "how long a request is tried again")
-    add("--rps-limit", "R", numbers(1e-6, 10**6, float), None, "objects a second at most, evenly paced")
+    add("--rps-limit", "R", numbers(0.1, 10**6, float), None, "objects a second at most, evenly paced")
     return parser
 
 
@@ -1385,7 +1399,7 @@ def plan(args: argparse.Namespace) -> Run:
     values["directory"] = args.temp_dir if values["bucket"] else args.output_dir
     values["task_index"], values["task_count"], values["task_source"] = find_task(args)
     run = Run(**{known.name: values[known.name] for known in fields(Run)})
-    if args.max_disk is not None and args.max_disk < run.file_disk:
+    if args.max_disk is not None and not args.verify and args.max_disk < run.file_disk:
         raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; that takes {run.file_disk:,} bytes")
     return run
 
@@ -1405,9 +1419,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             describe_plan(run)
             return 0
         credentials = find_credentials() if run.bucket else None
-        with contextlib.nullcontext(run) if run.verify or not run.slices else claim_directory(run) as claimed:
+        idle = run.verify or not run.slices
+        with contextlib.nullcontext((run, None)) if idle else claim_directory(run) as (claimed, turns):
             describe_plan(run)
-            return execute(claimed, credentials, Progress(run, args.json))
+            return execute(claimed, credentials, turns, Progress(run, args.json))
     except RunError as error:
         say(f"generator.py: error: {error}")
         return error.status

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from array import array
 from pathlib import Path
 from typing import Any, Callable
@@ -10,7 +12,7 @@ from typing import Any, Callable
 import pytest
 
 import generator
-from conftest import DAYS, contents, files_below, upload, wattif
+from conftest import DAYS, children_of, contents, files_below, start, until, upload, wattif
 from server import Server, StoredObject
 
 SMALL = (*DAYS, "--interval", "3600", "--processes", "2")
@@ -163,6 +165,17 @@ def test_verify_of_tasks_knows_the_meters_of_the_others(tmp_path: Path) -> None:
     assert all("20 objects" in done.stderr for done in reports)
 
 
+def test_verify_needs_no_disk_and_says_that_a_process_died(tmp_path: Path) -> None:
+    flags = ("--bucket", "a-bucket", *SMALL, "--meters", 60, "--verify", "--max-disk", 20_000, "--retry-timeout", 2)
+    with Server(fault=lambda request: "stall" if "2024-01-02" in request.query["prefix"] else None) as server:
+        with start(*flags, "--temp-dir", tmp_path / "none", STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: len(server.requests) >= 4)  # both have found all of the first day missing
+            os.kill(children_of(process.pid)[0], signal.SIGKILL)
+            _, told = process.communicate(timeout=60)
+    assert "files 0 to 29 of each day: their process ended with exit code -9; run it again\n" in told
+    assert 20 < told.count("\nmissing: ") <= 40 and not (tmp_path / "none").exists()
+
+
 def test_names_of_the_last_block_are_bounded() -> None:
     args = ["--start", "2024-01-01", "--end", "2024-01-01", "--meters", str(2**36), "--task-count", "8"]
     run = generator.plan(generator.build_parser().parse_args([*args, "--task-index", "6"]))
@@ -195,7 +208,8 @@ def test_verify_of_local_files(tmp_path: Path) -> None:
         file.write(b"[")
     (tmp_path / "dt=2024-01-02" / "notes").symlink_to("nowhere")
     (tmp_path / "dt=2024-01-02" / ".77.part").touch()  # what a killed run leaves
+    (tmp_path / "dt=2024-01-02" / "user.part").touch()
     done = wattif(*flags, "--verify")
-    assert done.returncode == 1 and "1 missing, 1 different, 1 unexpected" in done.stderr
+    assert done.returncode == 1 and "1 missing, 1 different, 2 unexpected" in done.stderr
     assert wattif(*DAYS, "--output-dir", tmp_path / "nowhere", "--verify", "--meters", 2).returncode == 1
     assert not (tmp_path / "nowhere").exists()
