@@ -212,6 +212,11 @@ class Run:
         """Where the objects go, for people."""
         return f"gs://{self.bucket}" if self.bucket else self.directory
 
+    @property
+    def again(self) -> str:
+        """How to go on after a run that ended early, for people."""
+        return "run it again" if self.verify else "run it again with --resume"
+
 
 def share(whole: range, index: int, count: int) -> range:
     """The index-th of `count` contiguous shares of a range, whose lengths differ by one at the most."""
@@ -221,20 +226,21 @@ def share(whole: range, index: int, count: int) -> range:
 # The fleet
 
 
-def draw_fleet(seed: int, meters: range, by_name: int = 0, stopping: Sequence[str] = ()) -> array[int]:
+def draw_fleet(seed: int, meters: range, by_name_among: int = 0, stopping: Sequence[str] = ()) -> array[int]:
     """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
 
-    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices. Where
-    `by_name` is the number of meters of the whole fleet, those of a block are in the order of their names instead:
-    then all of them are drawn, and the next meter of the last block follows, if it has one. Each block has a generator
-    and a filter of its own, of the block's capacity whatever the size of the fleet, so that a larger fleet begins with
-    the smaller one and no block before the first meter's is drawn. One probe of a filter with 8 bits for each meter
-    rejects at most every eighth number that is new; a number that was drawn before is always rejected. What is drawn
-    ends with a block where the run is to stop.
+    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices. With
+    `by_name_among`, the number of meters of the whole fleet, those of a block are in the order of their names instead:
+    all of them are drawn for that, and the meter after the last one follows, unless it is of another block.
+
+    Each block has a generator and a filter of its own, of the block's capacity whatever the size of the fleet, so that
+    a larger fleet begins with the smaller one and no block before the first meter's is drawn. One probe of a filter
+    with 8 bits for each meter rejects at most every eighth number that is new; a number that was drawn before is
+    always rejected. What is drawn ends with a block where the run is to stop.
     """
     log.debug("drawing meters %d to %d", meters[0], meters[-1])
     fleet = array("Q")
-    shift = SUFFIX_BITS - (8 if by_name else 0)  # 256 parts are sorted in less memory than one
+    shift = SUFFIX_BITS - (8 if by_name_among else 0)  # 256 parts are sorted in less memory than one
     for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
         if stopping:
             break
@@ -242,16 +248,16 @@ def draw_fleet(seed: int, meters: range, by_name: int = 0, stopping: Sequence[st
         bloom = BloomFilter(BLOCK_METERS, 0.02, lambda bloom, suffix: (suffix % bloom.num_bits_m,))
         draw = random.Random(f"{seed}/{block}").getrandbits
         parts = [array("I") for _ in range(1 << SUFFIX_BITS - shift)]
-        for _ in range(min(BLOCK_METERS, (by_name or meters.stop) - block * BLOCK_METERS)):
+        for _ in range(min(BLOCK_METERS, (by_name_among or meters.stop) - block * BLOCK_METERS)):
             suffix = draw(SUFFIX_BITS)
             while suffix in bloom:
                 suffix = draw(SUFFIX_BITS)
             bloom.add(suffix)
             parts[suffix >> shift].append(suffix)
         for part in parts:
-            fleet.extend(array("Q", [block_address(block) | suffix for suffix in (sorted(part) if by_name else part)]))
+            fleet.extend(map(block_address(block).__or__, sorted(part) if by_name_among else part))
     skipped = meters.start % BLOCK_METERS
-    del fleet[skipped + len(meters) + bool(by_name) :], fleet[:skipped]
+    del fleet[skipped + len(meters) + bool(by_name_among) :], fleet[:skipped]
     return fleet
 
 
@@ -474,7 +480,7 @@ def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future
             except FileNotFoundError:
                 log.debug("%s was deleted by somebody else", path)
             except OSError as refused:
-                reason = f"cannot delete {path}: {refused.strerror}; see to it, then run with --resume"
+                reason = f"cannot delete {path}: {refused.strerror}; see to it, then {run.again}"
                 outcome.add(Outcome(fatal=reason))
     if bucket:
         done, seconds = outcome.counts["objects"], time.perf_counter() - started
@@ -644,7 +650,7 @@ def end_of_run(error: Exception, run: Run) -> Outcome:
     if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
         raise error
     reason = refusal(error, run) if run.bucket else ""
-    advice = "see to it, or lower --meters or the numbers of workers, then run with --resume"
+    advice = f"see to it, or lower --meters or the numbers of workers, then {run.again}"
     return Outcome(fatal=reason or f"cannot go on: {explain(error)}; {advice}")
 
 
@@ -790,7 +796,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
             free += pending.pop(future) - outcome.counts["failed"]
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
             if failed_in_a_row >= enough:
-                reason = f"nothing arrives in {run.destination} any more; see to it, then run with --resume"
+                reason = f"nothing arrives in {run.destination} any more; see to it, then {run.again}"
                 outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
             pipeline.report(outcome)
 
@@ -803,7 +809,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
                 while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
                     settle()
                 if not pipeline.stopping and free < count:
-                    reason = "files whose upload failed fill the disk; see to the cause, then run with --resume"
+                    reason = f"files whose upload failed fill the disk; see to the cause, then {run.again}"
                     pipeline.report(Outcome(fatal=reason))
                 if pipeline.stopping:
                     break
@@ -997,8 +1003,7 @@ def run_children(run: Run, work: Callable[..., None], stopping: list[str], repor
                     child.join()
                     outcome = Outcome()
                     if child.exitcode:
-                        advice = "run it again" if run.verify else "run again with --resume"
-                        ending = f"their process ended with exit code {child.exitcode}; {advice}"
+                        ending = f"their process ended with exit code {child.exitcode}; {run.again}"
                         outcome.failures.append(f"files {files[0]} to {files[-1]} of each day: {ending}")
                 if outcome.fatal:
                     stopping.append(outcome.fatal)
@@ -1195,8 +1200,7 @@ class Progress:
         if made["error"]:
             say(f"error: {made['error']}")
         if number:
-            advice = "run it again" if verify else "--resume goes on where this run ended"
-            say(f"stopped by {signal.Signals(number).name}; {advice}")
+            say(f"stopped by {signal.Signals(number).name}; {self.run.again}")
         kinds = ("missing", "different", "unexpected") if verify else ("failed", "skipped")
         say(
             f"{made['objects_done']:,} objects, {made['readings']:,} readings, {in_bytes(made['bytes'])} in "

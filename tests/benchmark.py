@@ -106,7 +106,7 @@ def upload_server(delay: float = 0.0) -> Iterator[str]:
 def rows_in_memory() -> None:
     """Compare ways to make a meter-day in memory, by CPU seconds."""
     template = generator.render_day_template(DAY, 10)
-    fleet = generator.draw_fleet(0, range(1000), by_name=1000)  # as in a run of 1,000 meters
+    fleet = generator.draw_fleet(0, range(1000), by_name_among=1000)  # as in a run of 1,000 meters
     timestamps = [datetime(2024, 1, 1) + timedelta(seconds=10 * index) for index in range(ROWS)]
     texts = polars.Series([f"{timestamp.isoformat()}Z" for timestamp in timestamps])
     levels = polars.Series(range(900)) / 1000
@@ -244,7 +244,7 @@ def fleet_and_memory(scratch: Path) -> None:
 
     def drawn() -> float:
         started = time.process_time()
-        generator.draw_fleet(0, range(meters), by_name=meters)
+        generator.draw_fleet(0, range(meters), by_name_among=meters)
         return (time.process_time() - started) / meters
 
     row("fleet", f"{statistics.median(drawn() for _ in range(RUNS)) * 1e6:.2f} µs a meter")

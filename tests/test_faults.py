@@ -45,7 +45,7 @@ def test_a_signal_lets_batches_finish_and_resume_goes_on(
         with begin(server, tmp_path / "temp", *flags, "--transfer-workers", 2) as process:
             process.send_signal(number)
             _, report = process.communicate(timeout=30)
-        assert process.returncode == status and "--resume goes on where this run ended" in report
+        assert process.returncode == status and "; run it again with --resume\n" in report
         assert 15 < len(server.objects) < 120 and not spool(tmp_path)
         assert f"{len(server.objects)} objects, " in report and "0 failed" in report
         server.delay = 0
