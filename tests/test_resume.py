@@ -102,6 +102,19 @@ def test_a_bucket_that_cannot_be_listed_ends_the_run(tmp_path: Path) -> None:
             assert "Traceback" not in done.stderr
 
 
+def test_a_refusal_ends_the_run_while_files_are_skipped(tmp_path: Path) -> None:
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--interval", 3600, "--meters", 2000, "--batch-size", 20)
+    with Server() as server:
+        assert upload(server, *flags, "--temp-dir", tmp_path, "--processes", 1).returncode == 0
+        for name in sorted(server.objects)[:20]:  # a batch, after which the listing has nothing to do for the pipeline
+            del server.objects[name]
+        server.requests.clear()
+        server.delay, server.page, server.fault = 0.02, 10, lambda request: 403 if request.name else None
+        done = upload(server, *flags, "--temp-dir", tmp_path, "--processes", 1, "--resume")
+    assert done.returncode == 1 and "no permission to create" in done.stderr
+    assert len(listings(server)) < 150  # of 198 pages
+
+
 def test_what_was_uploaded_before_a_listing_failed_is_counted(tmp_path: Path) -> None:
     def refuse(request: Any) -> Any:
         return 403 if request.query.get("prefix") == "dt=2024-01-02/" else None
