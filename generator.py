@@ -525,10 +525,12 @@ class Gauge:
             self.counts["retries"] += again
             if self.limit and self.turns and request.method == "POST" and not again:
                 fcntl.lockf(self.turns, fcntl.LOCK_EX)  # the kernel unlocks it where a process is killed
-                last = array("d", os.pread(self.turns.fileno(), 8, 0))[0]
-                turn = max(last + 1 / self.limit, turn)
-                os.pwrite(self.turns.fileno(), array("d", [turn]).tobytes(), 0)
-                fcntl.lockf(self.turns, fcntl.LOCK_UN)
+                try:
+                    last = array("d", os.pread(self.turns.fileno(), 8, 0))[0]
+                    turn = max(last + 1 / self.limit, turn)
+                    os.pwrite(self.turns.fileno(), array("d", [turn]).tobytes(), 0)
+                finally:
+                    fcntl.lockf(self.turns, fcntl.LOCK_UN)
         time.sleep(max(0.0, turn - time.monotonic()))
         self.last.call, self.last.started = call, time.monotonic()
 
@@ -770,11 +772,12 @@ def run_pipeline(pipeline: Pipeline) -> None:
     """
     run = pipeline.run
     free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
-    # A paced run is to stop soon after a signal, too.
-    in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices))) if run.rps_limit else free
+    in_flight, paced = free, run.rps_limit and not run.verify
+    if paced:  # it is to stop soon after a signal, too
+        in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
     enough = max(2, free // run.batches)  # failures in a row
     batch_files = max(1, min(free // run.batches, in_flight // run.upload_workers))
-    if run.rps_limit and batch_files > run.transfer_workers:  # no thread idle in a batch's last round
+    if paced and batch_files > run.transfer_workers:  # no thread idle in a batch's last round
         batch_files -= batch_files % run.transfer_workers
     pending: dict[Future[Outcome], int] = {}
     spare: list[str] = []
@@ -795,7 +798,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
             outcome = end_of_run(error, run) if error else future.result()
             free += pending.pop(future) - outcome.counts["failed"]
             failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
-            if failed_in_a_row >= enough:
+            if outcome.failures and failed_in_a_row >= enough:
                 reason = f"nothing arrives in {run.destination} any more; see to it, then {run.again}"
                 outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
             pipeline.report(outcome)
@@ -1103,7 +1106,7 @@ class Progress:
         """Add what became of some files, and show it if it is time to."""
         self.total.add(outcome)
         now, interactive = time.monotonic(), on_terminal()
-        if now - self.started >= self.marks[-1][0] + 1:
+        if now - self.started >= self.marks[-1][0] // 1 + 1:  # on whole seconds, which do not drift
             self.mark(now - self.started)
         if now - self.shown < (TICK_SECONDS if interactive else LOG_SECONDS):
             return
@@ -1124,8 +1127,9 @@ class Progress:
         while since // self.slot_seconds >= SLOTS:
             self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
             self.slot_seconds *= 2
-        self.slots += [0] * (int(since) // self.slot_seconds + 1 - len(self.slots))
-        self.slots[-1] += gains[0]
+        if gains[0]:
+            self.slots += [0] * (int(since) // self.slot_seconds + 1 - len(self.slots))
+            self.slots[-1] += gains[0]
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is left out first."""

@@ -292,6 +292,21 @@ def test_a_temp_directory_that_vanishes_ends_the_run(expected: Callable[..., dic
     assert contents(server) == wanted
 
 
+def test_a_refusal_of_every_upload_and_then_of_the_disk_ends_the_run(tmp_path: Path) -> None:
+    temp = tmp_path / "temp"
+
+    def refuse(request: Request) -> int:
+        for spool in temp.glob(".wattif-*"):
+            spool.rename(tmp_path / "away")
+        return 400
+
+    # The second batch is being compressed when the first request comes, and waits for the uploads of the first.
+    flags = ("--start", "2024-01-01", "--end", "2024-01-01", "--meters", 400, "--gzip", "--processes", 1)
+    with Server(fault=refuse) as server:
+        done = upload(server, *flags, "--upload-workers", 1, "--temp-dir", temp, "--json")
+    assert done.returncode == json.loads(done.stdout)["exit_status"] == 1 and "Traceback" not in done.stderr
+
+
 def test_a_file_that_disappears_before_its_upload(expected: Callable[..., dict], tmp_path: Path) -> None:
     removed: list[Path] = []
 

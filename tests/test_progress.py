@@ -205,6 +205,16 @@ def test_throughput_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(generator.sparkline(progress.slots)) == len(progress.slots)
 
 
+@pytest.mark.parametrize("tick", [0.103, 0.15, 0.24])
+def test_a_steady_run_has_no_gaps_in_its_throughput(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
+    progress = some_progress("--output-dir", "x")
+    progress.started = progress.shown = 0.0
+    for number in range(1, int(45 / tick)):
+        monkeypatch.setattr(generator.time, "monotonic", lambda number=number: number * tick)
+        progress.update(generator.Outcome(Counter(bytes=7, objects=1)))
+    assert len(progress.slots) >= 44 and 0 not in progress.slots
+
+
 @pytest.mark.parametrize(("limit", "meters", "processes"), [(25, 40, 1), (25, 40, 2), (8, 12, 8)])
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_rps_limit_paces_the_uploads(tmp_path: Path, limit: int, meters: int, processes: int, delay: float) -> None:
