@@ -3,40 +3,32 @@
 # requires-python = ">=3.8"
 # dependencies = ["google-cloud-storage>=3.0,<4", "bloom-filter>=1.3.3,<2", "orjson>=3.10,<4"]
 # ///
-"""Fill a Google Cloud Storage bucket with synthetic smart-meter readings, as fast as machine and network allow.
+"""Fill a Google Cloud Storage bucket with synthetic smart-meter readings.
 
-One meter, one day, is one NDJSON object, gs://BUCKET/dt=YYYY-MM-DD/<meter_id>.ndjson, with a row every 10 seconds:
-
-    {"meter_id":"020000A1B2C3","timestamp":"2024-01-01T00:00:10Z","reading":0.609}
-
-Keep the files here; upload them from this machine; upload them from ten machines, of which this is the first:
+A meter's day is one NDJSON object, gs://BUCKET/dt=YYYY-MM-DD/<meter_id>.ndjson, a row every 10 s.
+Keep the files; upload them from this machine; upload them from ten machines, this is the first:
 
     python generator.py --start 2024-01-01 --end 2024-01-01 --meters 20 --output-dir readings
     python generator.py --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket
-    python generator.py --start 2024-01-01 --end 2024-01-31 --meters 1000000 --task-index 0 --task-count 10
-
-The same flags give the same bytes on every machine and every Python. The readings are random: they test
-infrastructure and say nothing about electricity.
+    python generator.py --start 2024-01-01 --end 2024-01-31 --task-index 0 --task-count 10
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import bisect
 import contextlib
 import ctypes
 import fcntl
 import functools
 import hashlib
 import heapq
+import http.client
 import itertools
-import json
 import logging
 import math
-import multiprocessing
+import mmap
 import multiprocessing.connection
-import operator
 import os
 import random
 import re
@@ -46,313 +38,376 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 import zlib
 from array import array
 from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields, replace
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
-from multiprocessing.connection import Connection
-from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
+import google_crc32c  # with which the client library computes checksums
 import orjson
 from bloom_filter import BloomFilter
 
-if TYPE_CHECKING:
-    from google.cloud.storage import Bucket
-
 log = logging.getLogger("wattif")
 
-# The data contract: pipelines and re-runs rely on every constant from here to CONTENT_TYPES.
+# A run makes a file, in the bucket an object, for each meter and day, or for some meters. Its place is
+# its position among those of the day. A task is one machine's share of a run, a slice one process's
+# share of a task: a range of places. A batch goes to the transfer manager in one call; its files wait
+# in the spool. Results say what became of files and requests, and add up to the record of the run.
+
+# --- Constants; down to UNEVEN_BYTES they are the data contract, which pipelines rely on. ---------
 
 DAY_SECONDS = 86_400
-DEFAULT_SEED = 0
 ROW = b'{"meter_id":"000000000000","timestamp":"2024-01-01T00:00:00Z","reading":0.111}\n'
 ROW_BYTES = len(ROW)
 ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
-
 BLOCK_METERS = 1 << 20
 MAX_METERS = BLOCK_METERS << 16
 SUFFIX_BITS = 24
-LOCALLY_ADMINISTERED = 0x02 << 40
-
-# A reading is a level from 0 to 899: its first digit is a random byte modulo 9, the others are bytes modulo 10.
-# The bytes above the last whole multiple (252 and 250) would favour the low digits and are dropped.
+LOCALLY_ADMINISTERED = 0x0A << 40  # the letter in front keeps IDs from being taken for numbers
+FILTER_BITS = 8_537_887  # of a block's Bloom filter: for 2^20 meters and 2% false positives
+# A reading is a level from 0 to 899: the first digit is a random byte modulo 9, others modulo 10.
+# Bytes above the last whole multiple (252 and 250) would favour low digits and are dropped.
 DIGIT_TABLES = tuple(bytes(ord("0") + byte % base for byte in range(256)) for base in (9, 10, 10))
 UNEVEN_BYTES = tuple(bytes(range(256 - 256 % base, 256)) for base in (9, 10, 10))
 
-CONTENT_TYPES = {False: "application/x-ndjson", True: "application/gzip"}  # by --gzip
-
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
-SPOOL = re.compile(r"\.wattif-(\d+)-\w+")  # the directory of a run's process, in the temp directory
-UNFINISHED = re.compile(r"\.[0-9a-f]+\.part")
-SPOOLED = re.compile(rf"([0-9A-F]{{12}}|meters-\d+-\d+)\.ndjson(\.gz)?|{UNFINISHED.pattern}")
-DISK_BLOCK = 4096  # what a file system rounds a file up to, and what a directory takes
-UPLOAD_CHUNK_BYTES = 16 << 20  # objects over 8 MiB go up in chunks; measured: larger ones cost page faults
-REQUEST_TIMEOUT = 60.0
-TICK_SECONDS = 0.1  # between looks at what has happened, and between live lines
-LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wide
-PACED_SECONDS = 10  # of uploads that a paced run has in flight, so that it stops soon after a signal
-NAMED = 20  # of what each process of --verify finds
-SLOTS = 60  # of the throughput over a run
-RATE_SECONDS = 10  # over which the live line's MB/s are taken
+PARTIAL = re.compile(r"\.[0-9a-f]+\.part")  # the name of a file that is being written
+DISK_BLOCK = 4096  # bytes; what a file system rounds a file up to, and what a directory takes
+UPLOAD_CHUNK_BYTES = 16 << 20  # for objects over 8 MiB; measured: larger ones cost page faults
+MAX_WAIT_SECONDS = 60.0  # for a response, and before a retry
+SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its bytes take at this
+TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
+LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the requests
+LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wider than the one before
+SECRET = re.compile(r"(upload_id=|[Bb]earer |assertion=|ya29\.|eyJ)[^\s&'\"]+|-----BEGIN.*", re.DOTALL)
+TOKEN_REFUSED = "invalid_|unauthorized_|unsupported_|access_denied|deleted_|be refreshed|reauth"
+OVERWRITE = r"objects\.delete|retention|\bhold\b"  # in the words of a refusal
+NO_NAME = "not known|name resolution|No address associated"
+LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|failed: 407|{NO_NAME}")  # no retry mends it
+LOG_IN = "run 'gcloud auth application-default login' or give the VM a service account"
+REMEDIES = (  # what to do, by the words of an error, the most telling first
+    (f"HTTP 401|{TOKEN_REFUSED}", f"the credentials were not accepted: {LOG_IN}"),
+    (r"scopes\b(?!=)|scope\(s\)", "stop the VM; 'gcloud compute instances set-service-account VM --scopes=storage-rw'"),
+    (r"\bKMS\b", "grant the bucket's service agent roles/cloudkms.cryptoKeyEncrypterDecrypter on the key"),
+    ("VPC Service Controls|organization's policy", "run inside the service perimeter, or widen it"),
+    ("requester pays|user project", "set GOOGLE_CLOUD_QUOTA_PROJECT to the project that pays"),
+    ("billing", "enable billing for the project of gs://{bucket}"),
+    (r"\bIP filter", "add this machine's address to the IP filter of gs://{bucket}"),
+    (OVERWRITE, "what is there cannot be replaced: --resume skips it"),
+    (r"objects\.(list|get)\b", "grant roles/storage.objectViewer on gs://{bucket}"),
+    ("HTTP 403", "grant roles/storage.objectUser on gs://{bucket}"),
+    ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
+    ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of the proxy, if there is one"),
+    ("407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
+    (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
+)
+MAX_DIFFERENCES = 20  # listed by each process of --verify; the rest are only counted
 LOG_SECONDS = 30  # between progress lines where there is no terminal
-ERASE = "\r\x1b[K"  # the live line
+FAILED = -1  # what stops a run if no signal does: otherwise it is the signal's number
 
 
 class RunError(Exception):
-    """A run cannot begin or go on; the message is one line that says what to do."""
+    """A run cannot begin: one line that says what to do, and the exit status, 2 if there is none."""
 
-    def __init__(self, message: str, status: int = 2) -> None:
-        """Take the message and the exit status: 2 for bad input, for which nothing was done."""
-        super().__init__(message)
-        self.status = status
+
+class OddAnswer(OSError):
+    """An answer of the service is not what it should be: one line that says how."""
+
+
+@contextlib.contextmanager
+def understanding(answer: str) -> Iterator[None]:
+    """Raise OddAnswer where an answer of the service cannot be understood."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OddAnswer(f"{answer} is not what it should be: {explain(error)}") from None
+
+
+# --- Settings, each with its flag, and the plan that follows from them. ---------------------------
+
+
+def parse_day(text: str) -> date:
+    """Parse a day; argparse names the flag."""
+    if text in ("today", "yesterday"):
+        return datetime.now(timezone.utc).date() - timedelta(days=text == "yesterday")
+    with contextlib.suppress(ValueError):
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return date.fromisoformat(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not YYYY-MM-DD, today or yesterday (UTC)")
+
+
+def parse_number(least: float, most: int, text: str) -> float:
+    """Parse a number within bounds, a whole one if `least` is; argparse names the flag."""
+    kind = type(least)
+    fraction, name = ("", "whole number") if kind is int else (r"(\.[0-9]{1,6})?", "number")
+    if re.fullmatch("[0-9]{1,20}" + fraction, text) and least <= kind(text) <= most:
+        return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:,} to {most:,}")
+
+
+def parse_size(text: str) -> int:
+    """Parse a size in bytes, with a decimal or binary unit or none; argparse names the flag."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kKMGT])(i?))?B?", text)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000000, 500MB or 2GiB")
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def parse_bucket(text: str) -> str:
+    """Parse a bucket's name by https://cloud.google.com/storage/docs/buckets#naming."""
+    without_dots = "[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]"
+    with_dots = r"(?=.{3,222}$)[a-z0-9][a-z0-9_-]{,62}(\.[a-z0-9_-]{1,63})+(?<![_-])"
+    reserved = r"^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$"
+    if re.fullmatch(f"{without_dots}|{with_dots}", text) and not re.search(reserved, text):
+        return text
+    rule = "3 to 63 of a-z, 0-9, '-', '_' and '.', a letter or digit at both ends; no IP address, no google"
+    raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket: {rule}")
+
+
+def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = None) -> Any:
+    """Declare a setting and its flag: without a parser or a number's bounds, a switch."""
+    options: dict[str, Any] = {"action": "store_true"}
+    if parse:
+        parse = functools.partial(parse_number, *parse) if isinstance(parse, tuple) else parse
+        options = {"metavar": metavar, "type": parse, "required": default is MISSING, "default": default}
+        meaning += "" if default in (None, MISSING) else " (default: %(default)s)"
+    return field(default=default, metadata={**options, "help": meaning})
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run is told; the first seven fields alone determine the objects."""
+    """The settings of a run, by the groups of --help. Only days and data affect the objects."""
 
-    start: date
-    end: date
-    meters: int
-    interval: int
-    seed: int
-    meters_per_file: int
-    gzip: bool
-    bucket: str | None  # without one the files stay in the directory
-    directory: str
-    task_index: int
-    task_count: int
-    task_source: str
-    resume: bool
-    verify: bool
-    batch_size: int
-    max_disk: int | None
-    processes: int
-    write_workers: int
-    upload_workers: int
-    transfer_workers: int
-    retry_timeout: int
-    rps_limit: float | None
+    start: date = flag("first day: YYYY-MM-DD, today or yesterday", MISSING, "DATE", parse_day)
+    end: date = flag("last day, included", MISSING, "DATE", parse_day)
+    bucket: str | None = flag(f"upload to gs://NAME (default: {DEFAULT_BUCKET})", None, "NAME", parse_bucket)
+    output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", str)
+    meters: int = flag("size of the fleet", 1000, "N", (1, MAX_METERS))
+    interval: int = flag("between readings; divides a day", 10, "SECONDS", (1, DAY_SECONDS))
+    seed: int = flag("fleet and readings follow from it", 0, "N", (0, 2**63 - 1))
+    meters_per_file: int = flag("meters that share an object", 1, "K", (1, MAX_METERS))
+    gzip: bool = flag("compress the objects (level 1)")
+    resume: bool = flag("skip the objects that are there already")
+    verify: bool = flag("upload nothing; compare names, sizes and CRC32C of what is there")
+    dry_run: bool = flag("print the plan and stop")
+    json: bool = flag("print the report as a line of JSON on standard output")
+    verbose: bool = flag("log each batch and decision")
+    task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
+    task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
+    task_source: str = ""  # the flag or the scheduler's variable that named the task, if any
+    temp_dir: str = flag("where files wait for their upload", DEFAULT_TEMP_DIR, "DIR", str)
+    max_disk: int | None = flag("limit for them, as 20GB (default: none)", None, "SIZE", parse_size)
+    batch_size: int = flag("files per call of the transfer manager", 100, "N", (1, 100_000))
+    processes: int = flag("worker processes", len(os.sched_getaffinity(0)), "N", (1, 1024))
+    write_workers: int = flag("threads per process that generate files", 1, "N", (1, 1024))
+    upload_workers: int = flag("batches that a process uploads at once", 2, "N", (1, 1024))
+    transfer_workers: int = flag("uploads at once in a batch: max_workers", 16, "N", (1, 1024))
+    retry_timeout: int = flag("time for a request, besides its bytes at 50 kB/s", 120, "SECONDS", (1, DAY_SECONDS))
+    rps_limit: float | None = flag("objects a second at most", None, "R", (0.1, 10**6))
 
-    @property
-    def days(self) -> range:
-        """The days of the run, both ends included, as proleptic Gregorian ordinals."""
-        return range(self.start.toordinal(), self.end.toordinal() + 1)
-
-    @property
-    def rows(self) -> int:
-        """Readings of one meter in one day."""
-        return DAY_SECONDS // self.interval
-
-    @property
-    def day_files(self) -> range:
-        """The indices of a day's files, those of all tasks."""
-        return range(-(-self.meters // self.meters_per_file))
-
-    @property
-    def slices(self) -> list[range]:
-        """Each process's share of this task's files of a day: contiguous, none of them empty."""
-        files = share(self.day_files, self.task_index, self.task_count)
-        count = min(self.processes, len(files))
-        if not self.verify:
-            room = (self.max_disk or sys.maxsize) // self.file_disk
-            count = min(count, room, math.ceil(self.rps_limit or sys.maxsize))
-        return [share(files, index, count) for index in range(count)]
-
-    def meters_of(self, files: range) -> range:
-        """The fleet indices of the meters in contiguous files."""
-        return range(files.start * self.meters_per_file, min(files.stop * self.meters_per_file, self.meters))
-
-    @property
-    def objects(self) -> int:
-        """Objects of this task."""
-        return len(self.days) * sum(map(len, self.slices))
-
-    @property
-    def readings(self) -> int:
-        """Readings of this task."""
-        return len(self.days) * self.rows * sum(len(self.meters_of(files)) for files in self.slices)
+    def meters_of(self, places: range) -> range:
+        """Return the fleet indices of the meters in contiguous files."""
+        per_file = self.meters_per_file
+        return range(places.start * per_file, min(places.stop * per_file, self.meters))
 
     def file_bytes(self, meters: int) -> int:
-        """The size of a file of so many meters: exact, or with --gzip what it never exceeds."""
-        size = meters * self.rows * ROW_BYTES
+        """Return the size of a file of so many meters: exact, or with --gzip at most."""
+        size = meters * (DAY_SECONDS // self.interval) * ROW_BYTES
         return size + size // 1000 + 64 if self.gzip else size
 
-    @property
-    def file_disk(self) -> int:
-        """The most bytes of disk that a file takes; one to be uploaded with a directory and the one above that."""
-        size = self.file_bytes(min(self.meters_per_file, self.meters))
-        return (-(-size // DISK_BLOCK) + 2 * bool(self.bucket)) * DISK_BLOCK
 
-    @property
-    def batches(self) -> int:
-        """The most batches that a process has in flight: one for each thread that writes or uploads one."""
-        return self.write_workers + self.upload_workers
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the settings, for this task."""
 
-    def files_on_disk(self, files: range) -> int:
-        """The most files of a slice that wait on disk at once; where files are large, they make smaller batches."""
-        room = sys.maxsize if self.verify else (self.max_disk or sys.maxsize) // len(self.slices) // self.file_disk
-        in_batches = self.batches * max(1, self.batch_size // self.meters_per_file)
-        return min(room, in_batches, len(self.days) * len(files))
-
-    @property
-    def disk_bytes(self) -> int:
-        """The most disk that this task uses at once."""
-        if self.bucket:
-            return self.file_disk * sum(map(self.files_on_disk, self.slices))
-        return self.file_disk * self.objects + len(self.days) * DISK_BLOCK
-
-    @property
-    def destination(self) -> str:
-        """Where the objects go, for people."""
-        return f"gs://{self.bucket}" if self.bucket else self.directory
-
-    @property
-    def again(self) -> str:
-        """How to go on after a run that ended early, for people."""
-        return "run it again" if self.verify else "run it again with --resume"
+    days: range  # as proleptic Gregorian ordinals
+    day_files: int  # files of a day, all tasks together
+    slices: list[range]  # the places of each process's files, none of them empty
+    batch_files: int  # most files of a batch
+    pending_batches: int  # most batches that a process has under way
+    objects: int
+    readings: int
+    disk_bytes: int  # most disk in use at once
 
 
-def share(whole: range, index: int, count: int) -> range:
-    """The index-th of `count` contiguous shares of a range, whose lengths differ by one at the most."""
+def make_plan(run: Run) -> Plan:
+    """Compute slices, sizes, counts and disk use. Raises RunError if --max-disk is too small."""
+    days = range(run.start.toordinal(), run.end.toordinal() + 1)
+    day_files = -(-run.meters // run.meters_per_file)
+    task_files = split(range(day_files), run.task_index, run.task_count)
+    objects = len(days) * len(task_files)
+    readings = len(days) * (DAY_SECONDS // run.interval) * len(run.meters_of(task_files))
+    blocks = -(-run.file_bytes(min(run.meters_per_file, run.meters)) // DISK_BLOCK)
+    file_disk = (blocks + 2 * bool(run.bucket)) * DISK_BLOCK  # and two directories
+    room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
+    if room < 2:
+        raise RunError(f"--max-disk has no room for two files; give at least {2 * file_disk:,} bytes")
+    # The disk holds pending batches, and failed files until they would outnumber a batch.
+    processes = min(run.processes, len(task_files), room // 2)
+    room //= max(1, processes)
+    workers = run.write_workers + run.upload_workers
+    batch_files = max(1, min(run.batch_size // run.meters_per_file, room // (workers + 1)))
+    pending_batches = min(workers, room // batch_files - 1)
+    disk = objects * file_disk + len(days) * DISK_BLOCK
+    if run.bucket:
+        disk = min(objects, processes * (pending_batches + 1) * batch_files) * file_disk
+    slices = [split(task_files, index, processes) for index in range(processes)]
+    return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, disk)
+
+
+def split(whole: range, index: int, count: int) -> range:
+    """Return the index-th of `count` parts of a range; their lengths differ by at most one."""
     return whole[len(whole) * index // count : len(whole) * (index + 1) // count]
 
 
-# The fleet
+# --- The fleet: blocks of meters, and the slices and files that are made of them. -----------------
 
 
-def draw_fleet(seed: int, meters: range, by_name_among: int = 0, stopping: Sequence[str] = ()) -> array[int]:
-    """Draw a contiguous part of the fleet that the seed determines, by the fleet indices of its meters.
+class Slice(NamedTuple):
+    """One process's part of the files of each day."""
 
-    Returns their addresses (48-bit integers) as an array of 8 bytes each, in the order of their indices. With
-    `by_name_among`, the number of meters of the whole fleet, those of a block are in the order of their names instead:
-    all of them are drawn for that, and the meter after the last one follows, unless it is of another block.
-
-    Each block has a generator and a filter of its own, of the block's capacity whatever the size of the fleet, so that
-    a larger fleet begins with the smaller one and no block before the first meter's is drawn. One probe of a filter
-    with 8 bits for each meter rejects at most every eighth number that is new; a number that was drawn before is
-    always rejected. What is drawn ends with a block where the run is to stop.
-    """
-    log.debug("drawing meters %d to %d", meters[0], meters[-1])
-    fleet = array("Q")
-    shift = SUFFIX_BITS - (8 if by_name_among else 0)  # 256 parts are sorted in less memory than one
-    for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
-        if stopping:
-            break
-        # The drawn number is random already and needs no hash to say which bit of the filter is its own.
-        bloom = BloomFilter(BLOCK_METERS, 0.02, lambda bloom, suffix: (suffix % bloom.num_bits_m,))
-        draw = random.Random(f"{seed}/{block}").getrandbits
-        parts = [array("I") for _ in range(1 << SUFFIX_BITS - shift)]
-        for _ in range(min(BLOCK_METERS, (by_name_among or meters.stop) - block * BLOCK_METERS)):
-            suffix = draw(SUFFIX_BITS)
-            while suffix in bloom:
-                suffix = draw(SUFFIX_BITS)
-            bloom.add(suffix)
-            parts[suffix >> shift].append(suffix)
-        for part in parts:
-            fleet.extend(map(block_address(block).__or__, sorted(part) if by_name_among else part))
-    skipped = meters.start % BLOCK_METERS
-    del fleet[skipped + len(meters) + bool(by_name_among) :], fleet[:skipped]
-    return fleet
-
-
-def block_address(block: int) -> int:
-    """Return the lowest address of a block."""
-    return LOCALLY_ADMINISTERED | block << SUFFIX_BITS
-
-
-class Entry(NamedTuple):
-    """What the destination has under a name; the CRC32C only of an object, else -1."""
-
-    name: str
-    size: int
-    checksum: int
+    places: range
+    addresses: array[int]  # of their meters and those of the next file: 48 bits in 8 bytes each
 
 
 class File(NamedTuple):
-    """A file: its name, the addresses of its meters, and what was found under the name, if anything was looked for."""
+    """A file that a run makes, of any day; without a place, one that the destination has."""
 
     name: str
-    meters: array[int]
-    found: Entry | None = None
+    size: int | None  # bytes; with --gzip it is not known beforehand
+    place: int | None = None
+    addresses: Sequence[int] = ()  # of its meters
+    checksum: str | None = None  # CRC32C in Base64, of what is written or there
 
 
-def name_files(run: Run, files: range, fleet: array[int]) -> Iterator[File]:
-    """Yield the files of a slice, made of the part of the fleet that was drawn for it, in the order of their names.
-
-    A file of several meters is named by its index. Those of one meter are in the order of their names within a block:
-    then a slice is one range of names, in which no other slice has any, and meters that follow one another have much
-    of their IDs in common.
-    """
-    first = files.start * run.meters_per_file
-    for index in files:
-        meters = run.meters_of(range(index, index + 1))
-        addresses = fleet[meters.start - first : meters.stop - first]
-        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}" if run.meters_per_file > 1 else f"{addresses[0]:012X}"
-        yield File(f"{stem}.ndjson.gz" if run.gzip else f"{stem}.ndjson", addresses)
-
-
-def bound_names(run: Run, files: range, fleet: array[int]) -> tuple[str, str | None]:
-    """Bound a slice's names, from one to before the other; the first and last slice have all before and after."""
-
-    def bound(index: int) -> str:
-        if run.meters_per_file > 1:
-            return f"meters-{index * run.meters_per_file:09d}"
-        block, place = divmod(index, BLOCK_METERS)
-        return f"{fleet[index - files.start] if place else block_address(block):012X}"
-
-    last = run.day_files.stop
-    return bound(files.start) if files.start else "", None if files.stop == last else bound(files.stop)
+def draw_block(seed: int, block: int, count: int) -> array[int]:
+    """Draw the addresses of the first `count` meters of a block, whatever the other blocks have."""
+    # A random number needs no hash to have its bit. At most 1 in 8 new ones is rejected.
+    bloom = BloomFilter(BLOCK_METERS, 0.02, lambda _, suffix: (suffix % FILTER_BITS,))
+    draw = random.Random(f"{seed}/{block}").getrandbits
+    addresses = array("Q")
+    for _ in range(count):
+        suffix = draw(SUFFIX_BITS)
+        while suffix in bloom:
+            suffix = draw(SUFFIX_BITS)
+        bloom.add(suffix)
+        addresses.append(LOCALLY_ADMINISTERED | block << SUFFIX_BITS | suffix)
+    return addresses
 
 
-# The day template and the readings
+def draw_slice(run: Run, plan: Plan, places: range, stop: ctypes.c_byte) -> Slice:
+    """Draw the meters of a slice and of the file after it. Raises CancelledError on a stop."""
+    meters = run.meters_of(range(places.start, min(places.stop + 1, plan.day_files)))
+    log.debug("drawing meters %d to %d", meters[0], meters[-1])
+    addresses = array("Q")
+    for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
+        if stop.value:
+            raise CancelledError
+        first = block * BLOCK_METERS
+        drawn: Sequence[int] = draw_block(run.seed, block, min(BLOCK_METERS, run.meters - first))
+        if run.meters_per_file == 1:  # a slice is a range of names
+            drawn = sorted(drawn)
+        addresses.extend(drawn[max(0, meters.start - first) : meters.stop - first])
+    return Slice(places, addresses)
 
 
+def make_file(run: Run, part: Slice, place: int) -> File:
+    """Return the file at a place of a slice, or the one after its last."""
+    meters = run.meters_of(range(place, place + 1))
+    first = part.places.start * run.meters_per_file
+    addresses = part.addresses[meters.start - first : meters.stop - first]
+    stem = f"{addresses[0]:012X}"
+    if run.meters_per_file > 1:
+        stem = f"meters-{meters[0]:09d}-{meters[-1]:09d}"
+    size = None if run.gzip else run.file_bytes(len(meters))
+    return File(f"{stem}.ndjson{'.gz' if run.gzip else ''}", size, place, addresses)
+
+
+# --- Results, the readings, and batches of files, which one pool of threads writes. ---------------
+
+
+@dataclass
+class Result:
+    """Counts and findings. Results add up to the run's, under the names of the record."""
+
+    error: str = ""  # why the run cannot go on
+    objects_done: int = 0  # delivered; with --verify as they should be
+    objects_skipped: int = 0  # that --resume found to be there
+    objects_failed: int = 0
+    objects_missing: int = 0  # this and the next three are found by --verify
+    objects_different: int = 0
+    objects_unexpected: int = 0
+    objects_unchecked: int = 0  # that are there, but cannot be compared
+    failures: list[tuple[str, str]] = field(default_factory=list)  # what is wrong, with which file
+    files_left: int = 0  # whose upload failed
+    bytes_left: int = 0  # of these files
+    readings: int = 0  # in the objects done
+    bytes: int = 0  # of the objects done
+    answers: Counter[int] = field(default_factory=Counter)  # by HTTP status
+    unanswered_requests: int = 0
+    retries: int = 0
+    latencies: Counter[int] = field(default_factory=Counter)  # by exponent of LATENCY_BASE
+    arrived_objects: int = 0  # that were answered, known before their batch ends
+    arrived_bytes: int = 0  # of requests with data, answered too
+
+    def __iadd__(self, other: Result) -> Result:
+        for name, value in vars(other).items():
+            if value and not (name == "error" and self.error):  # the first error stands
+                total = getattr(self, name)
+                total += value  # in place: a sum would copy all failures each time
+                setattr(self, name, total)
+        return self
+
+
+def fatal_result(error: Exception, run: Run) -> Result:
+    """Say why a run cannot go on. Raises errors that only the script itself can cause."""
+    if isinstance(error, CancelledError):  # the run has stopped
+        return Result()
+    if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
+        raise error
+    hint = "; lower --meters or workers" if isinstance(error, (MemoryError, RuntimeError)) else ""
+    return Result(f"cannot go on: {explain(error, run)}{hint}")
+
+
+def delivered(run: Run, file: File, is_new: bool = True) -> Result:
+    """Return the result of a file that is where it should be; it is new unless an answer counted it."""
+    size, readings = file.size or 0, (DAY_SECONDS // run.interval) * len(file.addresses)
+    return Result(objects_done=1, readings=readings, bytes=size, arrived_objects=is_new, arrived_bytes=is_new * size)
+
+
+@functools.lru_cache(maxsize=2)
 def render_day_template(day: date, interval: int) -> bytes:
-    """Render the rows of one meter-day, DAY_SECONDS / interval of ROW_BYTES each, with ROW's placeholders."""
-    midnight = datetime(day.year, day.month, day.day)
+    """Render the DAY_SECONDS / interval rows of a meter-day, with ROW's placeholders."""
     steps = itertools.repeat(timedelta(seconds=interval), DAY_SECONDS // interval - 1)
-    timestamps = itertools.accumulate(steps, initial=midnight)
     option = orjson.OPT_NAIVE_UTC | orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
     row = orjson.loads(ROW)
-    rendered = []
-    for row["timestamp"] in timestamps:
-        rendered.append(orjson.dumps(row, option=option))
-    return b"".join(rendered)
+    times = itertools.accumulate(steps, initial=datetime(day.year, day.month, day.day))
+    return b"".join(orjson.dumps({**row, "timestamp": moment}, option=option) for moment in times)
 
 
 def draw_digits(key: str, rows: int) -> list[bytearray]:
-    """Draw the three digits of `rows` readings as columns; a key always gives the same digits.
-
-    The random bytes are SHAKE128 of the key (FIPS 202). The margin over the expected 2.4% of uneven bytes is
-    six standard deviations for a day of readings; where it is not enough, more are drawn.
-    """
+    """Draw the three digits of `rows` readings as columns; a key always gives the same digits."""
+    # SHAKE128 (FIPS 202), with six standard deviations more than the expected 2.4% of uneven bytes.
     size = rows * 256 // 250 + math.isqrt(rows)
     while True:
         drawn = bytearray(hashlib.shake_128(key.encode()).digest(len(DIGIT_TABLES) * size))
         columns = []
         for start, table, uneven in zip(range(0, len(drawn), size), DIGIT_TABLES, UNEVEN_BYTES):
-            column = drawn[start : start + size].translate(table, uneven)
-            del column[rows:]
-            columns.append(column)
+            columns.append(drawn[start : start + size].translate(table, uneven)[:rows])
         if all(len(column) == rows for column in columns):
             return columns
         size *= 2
 
 
-def generate_smart_meter_readings_for_day(
-    day: date, template: bytes, meters: Iterable[int], seed: int
-) -> Iterator[bytearray]:
-    """Yield the rows of each meter for one day, stamped column by column into copies of the day's template.
-
-    Every item is the same buffer, valid until the next one is asked for. An ID differs little from the one
-    before it (meters of a block share six digits), so only the columns that change are written.
-    """
+def generate_smart_meter_readings_for_day(day: date, template: bytes, meters: Any, seed: int) -> Iterator[bytearray]:
+    """Yield the rows of each meter for one day, in one buffer: the next meter's replace them."""
     buffer = bytearray(template)
     rows = len(template) // ROW_BYTES
     columns = {digit: bytearray([digit]) * rows for digit in b"0123456789ABCDEF"}
@@ -360,7 +415,7 @@ def generate_smart_meter_readings_for_day(
     for address in meters:
         meter_id = b"%012X" % address
         for offset, (old, new) in enumerate(zip(stamped, meter_id), ID_OFFSET):
-            if old != new:
+            if old != new:  # few columns, because IDs that follow each other differ little
                 buffer[offset::ROW_BYTES] = columns[new]
         stamped = meter_id
         for offset, column in enumerate(draw_digits(f"{seed}/{address:012X}/{day_text}", rows), DIGITS_OFFSET):
@@ -369,680 +424,630 @@ def generate_smart_meter_readings_for_day(
 
 
 def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
-    """Compress as gzip level 1 does, without a time stamp in the header, holding one chunk at a time."""
+    """Compress as gzip level 1 does, without a time stamp in the header, a chunk at a time."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     for chunk in chunks:
         yield compressor.compress(chunk)
     yield compressor.flush()
 
 
-# A batch: written by one pool, uploaded and deleted by the other
-
-
 class Batch(NamedTuple):
-    """Files of one day for one call of the transfer manager, or to be verified."""
+    """Files of one day that are uploaded or verified together."""
 
     day: date
-    folder: str  # where they are or will be
-    template: bytes  # the day's
+    folder: str  # where the files are or will be
     files: Sequence[File]
-    spare: list[str]  # local files that were uploaded, to be written over
 
 
-@dataclass
-class Outcome:
-    """What became of some files; outcomes add up to that of the run."""
-
-    counts: Counter[Any] = field(default_factory=Counter)  # by kind, ("status", HTTP status) or ("latency", exponent)
-    failures: list[str] = field(default_factory=list)
-    fatal: str = ""
-
-    def add(self, other: Outcome) -> None:
-        """Add what became of other files. Where neither can go on, the first reason stands."""
-        self.counts.update(other.counts)
-        self.failures.extend(other.failures)
-        self.fatal = self.fatal or other.fatal
+def measure(chunks: Iterable[Any], use: Callable[[Any], Any] = len) -> tuple[int, str]:
+    """Use each chunk of a content. Returns its size in bytes and its CRC32C, in Base64."""
+    size, checksum = 0, google_crc32c.Checksum()
+    for chunk in chunks:
+        use(chunk)
+        size += len(chunk)
+        checksum.update(bytes(chunk))
+    return size, base64.b64encode(checksum.digest()).decode()
 
 
-Report = Callable[[Outcome], None]
-
-
-def batch_contents(run: Run, batch: Batch) -> Iterator[Iterable[Any]]:
-    """Yield the content of each file of a batch, as chunks to be used up before the next file."""
-    meters = itertools.chain.from_iterable(file.meters for file in batch.files)
-    readings = generate_smart_meter_readings_for_day(batch.day, batch.template, meters, run.seed)
-    for file in batch.files:
-        chunks = itertools.islice(readings, len(file.meters))
-        yield compress(chunks) if run.gzip else chunks
-
-
-def write_file(path: str, part: str, chunks: Iterable[bytes | bytearray], mode: int) -> int:
-    """Write a file that is whole whenever its name exists: it has the name `part` until the last byte is in.
-
-    Returns its size in bytes. Raises OSError where the file system refuses; the unfinished file is then removed.
-    """
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, mode)
+def write_file(path: str, chunks: Iterable[Any], is_measured: bool) -> tuple[int, str | None]:
+    """Write a file, which is whole once it has its name. Returns size and, if asked, CRC32C."""
+    partial = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}.part"  # no other task has this name
     try:
-        with open(descriptor, "wb") as file:
-            file.writelines(chunks)
-            size = file.tell()
-            if os.fstat(descriptor).st_size > size:  # it was a longer file
-                file.truncate()
-        os.rename(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
-    return size
+        with open(partial, "xb") as file:
+            measured = measure(chunks, file.write) if is_measured else (sum(map(file.write, chunks)), None)
+        os.rename(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)  # something has failed if it is there
+    return measured
 
 
-def unfinished(folder: str) -> str:
-    """Return a name for a file that is not whole; no two tasks on a shared disk have the same one."""
-    return os.path.join(folder, f".{os.urandom(8).hex()}.part")
-
-
-def write_batch(run: Run, batch: Batch) -> list[int]:
-    """Write the files of a batch and return their sizes. Raises OSError where the disk refuses."""
-    started = time.perf_counter()
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(batch.folder, 0o700 if run.bucket else 0o777)
-    sizes = []
-    for file, chunks in zip(batch.files, batch_contents(run, batch)):
-        part = unfinished(batch.folder)
-        with contextlib.suppress(IndexError):
-            part = batch.spare.pop()
-        sizes.append(write_file(os.path.join(batch.folder, file.name), part, chunks, 0o600 if run.bucket else 0o666))
-    log.debug("%s: wrote %d files in %.3f s", batch.day, len(sizes), time.perf_counter() - started)
-    return sizes
-
-
-def deliver_batch(run: Run, bucket: Bucket | None, batch: Batch, written: Future[list[int]]) -> Outcome:
-    """Wait until a batch is written, upload it if there is a bucket, delete what arrived, and count.
-
-    What is deleted becomes a spare file, to be written over. A new file instead costs 0.25 to 0.85 ms of CPU more, as
-    measured on ext4, which passes over the inodes of files that were deleted within the last minute.
-    """
-    sizes = written.result()
-    started = time.perf_counter()
-    errors = upload_batch(run, bucket, batch) if bucket else itertools.repeat(None)
-    outcome = Outcome()
-    for file, size, error in zip(batch.files, sizes, errors):
+def write_batch(run: Run, batch: Batch) -> list[File]:
+    """Write a batch; --verify only draws it. Returns the files with sizes and checksums."""
+    template = render_day_template(batch.day, run.interval)
+    meters = itertools.chain.from_iterable(file.addresses for file in batch.files)
+    rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed)
+    written = []
+    if not run.verify:
+        os.makedirs(batch.folder, exist_ok=True)
+    for file in batch.files:
+        chunks: Iterable[Any] = itertools.islice(rows, len(file.addresses))
+        chunks = compress(chunks) if run.gzip else chunks
         path = os.path.join(batch.folder, file.name)
-        if error:
-            outcome.add(Outcome(Counter(failed=1), [f"{path}: {explain(error)}"], refusal(error, run)))
-            continue
-        outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=size)
-        if bucket:
-            spare = unfinished(run.directory)
-            try:
-                os.rename(path, spare)
-                batch.spare.append(spare)
-            except FileNotFoundError:
-                log.debug("%s was deleted by somebody else", path)
-            except OSError as refused:
-                reason = f"cannot delete {path}: {refused.strerror}; see to it, then {run.again}"
-                outcome.add(Outcome(fatal=reason))
-    if bucket:
-        done, seconds = outcome.counts["objects"], time.perf_counter() - started
-        log.debug("%s: uploaded %d of %d files in %.3f s", batch.day, done, len(sizes), seconds)
-        with contextlib.suppress(OSError):  # it holds a file whose upload failed
-            os.rmdir(batch.folder)
-    return outcome
+        size, checksum = measure(chunks) if run.verify else write_file(path, chunks, bool(run.bucket))
+        written.append(file._replace(size=size, checksum=checksum))
+    log.debug("%s: wrote %d files", batch.day, len(written))
+    return written
 
 
-# Uploading
+# --- Uploading, by the other pool of threads: pace, retries, answers, failures. -------------------
 
 
-class Outage(OSError):
-    """No request has succeeded for --retry-timeout seconds; the library does not retry this one."""
+def next_turn(elapsed: float, rate: float, last: int) -> int:
+    """Return the first turn after `last` that is not past; turn n is due n / rate seconds in."""
+    # A turn that was due within the first `elapsed` seconds and that nobody took is lost.
+    return max(last + 1, math.ceil(elapsed * rate))
 
 
 @dataclass
-class Gauge:
-    """What the HTTP session of a process shares with its pipeline: pace and patience in, answers out."""
+class Sender:
+    """Sends the requests of one process, uploads at their turn, and counts what is answered."""
 
-    patience: float  # --retry-timeout
-    limit: float | None = None  # --rps-limit
-    turns: IO[bytes] | None = None  # a file of all processes, with the time of the last upload's turn
-    counts: Counter[Any] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    last: threading.local = field(default_factory=threading.local)  # the thread's last request
-    succeeded: float = 0.0  # when a request last was
-    failing: dict[Any, float] = field(default_factory=dict)  # the calls that failed since, and from when on
+    run: Run
+    stop: ctypes.c_byte
+    credentials: Any  # None for an emulator
+    start: float  # when turn 0 is due, on the monotonic clock
+    rate: float | None = None  # objects a second, None without a limit
+    turn: int = -1  # the last one that was taken
+    turn_lock: threading.Lock = field(default_factory=threading.Lock)
+    limit: float = 1.0  # how many uploads may be under way now
+    busy: int = 0  # how many are
+    narrowed: float = 0.0  # when the limit was last halved, on the monotonic clock
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    accepted: bool = False  # whether the bucket has taken an object
+    given_up: int = 0  # requests given up since one last succeeded
+    counts: deque[Result] = field(default_factory=deque)  # since they were last taken
+    stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
+    thread: threading.local = field(default_factory=threading.local)  # about its last request
+    bucket: Any = None  # once it is open
 
-    def begin(self, request: Any) -> None:
-        """See to a request that is about to be sent: count a retry, let uploads begin evenly, at their turn.
+    def retrying(self, request: Callable, is_upload: bool = False, is_again: bool = False) -> Any:
+        """Return a function that makes a request, again if it fails: the library's retry."""
+        from google.cloud.storage.retry import DEFAULT_RETRY
 
-        Raises Outage where several calls have failed and none succeeded for too long.
-        """
-        # The first of these headers has an ID of the library's call.
-        call = (request.url, request.headers.get("x-goog-api-client"), request.headers.get("content-range"))
-        again = call == getattr(self.last, "call", None)
-        with self.lock:
-            turn = time.monotonic()
-            if len(self.failing) > 1 and turn - min(self.failing.values()) > self.patience:
-                raise Outage(f"nothing was accepted for {self.patience:.0f} s")
-            self.counts["retries"] += again
-            if self.limit and self.turns and request.method == "POST" and not again:
-                fcntl.lockf(self.turns, fcntl.LOCK_EX)  # the kernel unlocks it where a process is killed
-                try:
-                    last = array("d", os.pread(self.turns.fileno(), 8, 0))[0]
-                    turn = max(last + 1 / self.limit, turn)
-                    os.pwrite(self.turns.fileno(), array("d", [turn]).tobytes(), 0)
-                finally:
-                    fcntl.lockf(self.turns, fcntl.LOCK_UN)
-        time.sleep(max(0.0, turn - time.monotonic()))
-        self.last.call, self.last.started = call, time.monotonic()
+        thread = self.thread
+        if not getattr(thread, "is_between_chunks", False):  # of an object with one budget
+            thread.spare, thread.is_retry = float(self.run.retry_timeout), is_again
+        pauses = (random.uniform(0, min(2.0**n, MAX_WAIT_SECONDS)) for n in itertools.count(1))
 
-    def end(self, request: Any, status: int = 0) -> None:
-        """Count how the thread's last request was answered; status 0 stands for not at all."""
-        size, seconds = len(request.body or b""), time.monotonic() - self.last.started  # without the wait for a turn
-        with self.lock:
-            self.counts["status", status] += 1
-            if status and request.method != "GET":
-                self.counts["latency", round(math.log(max(seconds, 1e-6), LATENCY_BASE))] += 1
-            if status in (200, 308) and size:
-                self.counts["sent_bytes"] += size
-                self.counts["arrived"] += status == 200 and (request.method == "PUT" or "=multipart" in request.url)
-            if status in (0, 408, 429) or status >= 500:
-                self.failing.setdefault(self.last.call, max(self.last.started, self.succeeded))
-            else:
-                self.succeeded = time.monotonic()
-                self.failing.clear()
+        def before_retry(error: Exception) -> None:
+            # After two requests in a row were given up, others are tried once until one succeeds.
+            hopeless = not self.accepted and LASTING.search(explain(error))
+            if thread.spare <= 1 or self.given_up > 1 or hopeless:
+                self.given_up += 1
+                raise error
+            pause = min(next(pauses), thread.spare - 1)  # the last try has the last second
+            thread.spare -= pause
+            self.wait_until(time.monotonic() + pause)
+            self.counts.append(Result(retries=int(not self.stop.value)))
+            thread.is_retry = True
 
-    def drain(self) -> Outcome:
-        """Return what was counted since the last time."""
-        with self.lock:
-            counts, self.counts = self.counts, Counter()
-        return Outcome(counts)
+        # The library decides what is worth a retry. Its pauses and its timeouts are replaced.
+        retry = DEFAULT_RETRY.with_delay(initial=0.0, maximum=0.0).with_timeout(None)
+        return retry(functools.partial(self.attempt, is_upload, request), on_error=before_retry)
+
+    def attempt(self, is_upload: bool, request: Callable[[], Any]) -> Any:
+        """Make a request once, and count it. Raises CancelledError if the run has stopped."""
+        thread = self.thread
+        with self.place() if is_upload else contextlib.nullcontext():
+            if self.stop.value:
+                raise CancelledError
+            thread.began, thread.sending = time.monotonic(), 0.0
+            thread.due = thread.began + MAX_WAIT_SECONDS  # for a token
+            thread.is_between_chunks = False
+            try:
+                response = request()
+            except Exception as error:
+                is_about_token = type(error).__module__ == "google.auth.exceptions"
+                if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
+                    raise ConnectionError(error) from error  # it is retried: the source may recover
+                if thread.is_retry and re.match(f"HTTP (412|403.*({OVERWRITE}))", explain(error)):
+                    raise FileExistsError from error  # an earlier try has stored the object
+                raise
+            finally:
+                thread.spare -= max(0.0, time.monotonic() - thread.began - thread.sending)
+            self.given_up = 0
+        return response
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait until an upload may begin, and hold its place among those under way."""
+        with self.changed:
+            while self.busy >= int(self.limit) and not self.stop.value:
+                self.changed.wait(TICK_SECONDS)
+            self.busy += 1
+        try:
+            if self.rate and not getattr(self.thread, "is_between_chunks", False):
+                with self.turn_lock:  # threads queue, so none takes a turn early
+                    self.turn = next_turn(time.monotonic() - self.start, self.rate, self.turn)
+                    self.wait_until(self.start + self.turn / self.rate)
+            yield
+            self.adjust(timed_out=False)
+        except Exception as error:
+            if "timed out" in explain(error):
+                self.adjust(timed_out=True)
+            raise
+        finally:
+            with self.changed:
+                self.busy -= 1
+                self.changed.notify(2)
+
+    def adjust(self, timed_out: bool) -> None:
+        """Halve the number of uploads under way after a timeout, raise it after a quick answer."""
+        # As TCP does, with slow start and congestion avoidance: RFC 5681. What takes over a quarter
+        # of the seconds it is allowed is not quick: it would time out if there were many more.
+        most = self.run.upload_workers * self.run.transfer_workers
+        now, began = time.monotonic(), self.thread.began
+        with self.changed:
+            if timed_out and began > self.narrowed:  # once for all that were under way
+                self.limit, self.narrowed = max(1.0, self.limit / 2), now
+            elif not timed_out and now - began < self.thread.allowed / 4:
+                self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
+
+    def wait_until(self, due: float) -> None:
+        """Wait until a time of the monotonic clock, or until the run stops."""
+        while not self.stop.value and (left := due - time.monotonic()) > 0:
+            time.sleep(min(left, TICK_SECONDS))
+
+    def send_in_time(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
+        """Send a request, by a method of a transport adapter, for as long as it may take."""
+        thread, patience = self.thread, min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
+        thread.sending = len(request.body or b"") / SLOWEST_RATE
+        thread.allowed = min(patience, max(thread.spare, 1.0)) + thread.sending
+        thread.due = time.monotonic() + thread.allowed
+        self.counts.append(Result(unanswered_requests=1))  # until the answer comes
+        return send(request, **{**options, "timeout": thread.allowed})
+
+    def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
+        """Read a response that must be whole in time, which each byte would have otherwise."""
+        response = http.client.HTTPResponse(sock, *args, **options)
+        raw, due = response.fp.raw, getattr(self.thread, "due", time.monotonic() + MAX_WAIT_SECONDS)
+        read = raw.readinto
+
+        def read_in_time(buffer: Any) -> int | None:
+            sock.settimeout(max(due - time.monotonic(), 1e-3))
+            return read(buffer)
+
+        raw.readinto = read_in_time
+        return response
+
+    def on_response(self, response: Any, **_: Any) -> None:
+        """Count a response, and keep what it says of an object: a hook of the HTTP session."""
+        request, status = response.request, response.status_code
+        is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
+        size = len(request.body or b"") if status in (200, 308) else 0
+        result = Result(answers=Counter([status]), arrived_objects=is_object, arrived_bytes=size)
+        result.unanswered_requests = -1  # which was counted when it was sent
+        if request.method != "GET":
+            latency = max(response.elapsed.total_seconds(), 1e-6)
+            result.latencies[round(math.log(latency, LATENCY_BASE))] = 1
+        self.counts.append(result)
+        if is_object or (status == 200 and "/o/" in request.url):
+            with understanding("what the bucket says of an object"):
+                answer = orjson.loads(response.content)
+                self.stored[answer["name"]] = int(answer["size"]), answer.get("crc32c")
+        sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
+        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept)  # up to the last byte
+        if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
+            raise OddAnswer("the service has lost the session of the upload, or a part of it")
+        is_session = status == 200 and "=resumable" in request.url and not is_object
+        self.thread.is_between_chunks = status == 308 or is_session
 
 
-def open_bucket(run: Run, credentials: Any, gauge: Gauge) -> Bucket | None:
-    """Return the bucket, if there is one, of a client of this process's own with a connection for each upload."""
-    if not run.bucket:
+def find_credentials(run: Run, stop: ctypes.c_byte) -> Any:
+    """Find the Application Default Credentials, or None for an emulator. Raises RunError."""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    host, port = r"([\w.-]+|\[[0-9a-fA-F:]+\])", "(:[1-9][0-9]{,4})?"
+    if re.fullmatch(rf"https?://{host}{port}(/.*)?", emulator):
         return None
-    # The library otherwise reads the bucket's metadata in the background, for traces that nobody asked for and
-    # with a permission that uploads do not need.
+    if emulator:
+        raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; --bucket uses it")
+    import google.auth.compute_engine
+
+    is_vm = "GCE_METADATA_HOST" in os.environ or google.auth.compute_engine.detect_gce_residency_linux()
+    if not is_vm or "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:  # there is nothing to wait for
+        run = replace(run, retry_timeout=1)
+    try:  # again, as the metadata server of a VM that has just started may not be up yet
+        return Sender(run, stop, None, 0.0).retrying(google.auth.default)()[0]
+    except (google.auth.exceptions.GoogleAuthError, OSError, ValueError, AttributeError, CancelledError) as error:
+        raise RunError(f"--bucket needs credentials ({explain(error)}): {LOG_IN}") from None
+
+
+def open_bucket(run: Run, sender: Sender) -> Any:
+    """Open the bucket with a client that has a connection for each concurrent upload."""
+    # The library otherwise reads the bucket's metadata, which uploads have no permission for.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     from google.cloud import storage
-    from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPConnection
 
-    class GaugedAdapter(HTTPAdapter):
-        def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-            gauge.begin(request)
-            try:
-                return super().send(request, *args, **kwargs)
-            except Exception:
-                gauge.end(request)
-                raise
-
-    client = storage.Client(project=None, credentials=credentials)
+    client = sender.retrying(lambda: storage.Client(project=None, credentials=sender.credentials))()
     session = client._http  # as the library's documentation does to widen the pool of connections
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, GaugedAdapter(pool_maxsize=run.upload_workers * run.transfer_workers))
-    session.hooks["response"].append(lambda answer, **_: gauge.end(answer.request, answer.status_code))
+    for adapter in session.adapters.values():  # one may have a client's certificate, and keeps it
+        adapter.init_poolmanager(10, run.upload_workers * run.transfer_workers)
+        adapter.send = functools.partial(sender.send_in_time, adapter.send)
+    HTTPConnection.response_class = sender.timed_response
+    session.hooks["response"].append(sender.on_response)
+    session.max_redirects = 0  # an upload that is sent elsewhere is not where it should be
     # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
-    found = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
-    session.proxies, session.verify, session.trust_env = found["proxies"], found["verify"], False
+    known = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
+    session.proxies, session.verify, session.trust_env = known["proxies"], known["verify"], False
     return client.bucket(run.bucket)
 
 
-def request_options(run: Run) -> dict[str, Any]:
-    """Say how long a request may take and how long it is tried again, by the library's exponential backoff."""
-    from google.cloud.storage import retry
-
-    timeout = min(REQUEST_TIMEOUT, run.retry_timeout / 3)  # so that a request without an answer is tried again
-    return {"timeout": timeout, "retry": retry.DEFAULT_RETRY.with_timeout(run.retry_timeout)}
-
-
-def upload_batch(run: Run, bucket: Bucket, batch: Batch) -> list[Exception | None]:
-    """Upload the files of a batch and return, for each, the error that kept it from arriving."""
+def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[File]]) -> list[Result]:
+    """Upload a batch once it is written, delete what arrived, and return a result for each file."""
+    files = written.result()
+    if not run.bucket:  # it stays where it is
+        return [delivered(run, file) for file in files]
     from google.cloud.storage import transfer_manager
 
-    return transfer_manager.upload_many_from_filenames(
-        bucket,
-        [file.name for file in batch.files],
-        source_directory=batch.folder,
-        blob_name_prefix=f"dt={batch.day}/",
-        blob_constructor_kwargs={"chunk_size": UPLOAD_CHUNK_BYTES},
-        upload_kwargs={"content_type": CONTENT_TYPES[run.gzip], **request_options(run)},
-        worker_type=transfer_manager.THREAD,
-        max_workers=run.transfer_workers,
-    )
+    blobs, errors, results = {}, {}, []  # the first two by path
+    for file in files:
+        blob = sender.bucket.blob(f"dt={batch.day}/{file.name}", UPLOAD_CHUNK_BYTES)
+        blob.crc32c = file.checksum  # the service compares, not the library
+        blobs[os.path.join(batch.folder, file.name)] = blob
+    content_type = "application/gzip" if run.gzip else "application/x-ndjson"
+    pool = {"worker_type": transfer_manager.THREAD, "max_workers": run.transfer_workers}
+    for is_again in (False, True):  # again from the start: a session of the service may be lost
+        paths = [path for path in blobs if not is_again or isinstance(errors[path], OddAnswer)]
+        retry = functools.partial(sender.retrying, is_upload=True, is_again=is_again)
+        options = {"content_type": content_type, "checksum": None, "retry": retry}
+        pairs = [(path, blobs[path]) for path in paths]
+        errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
+    for file, path in zip(files, blobs):
+        result = check_upload(run, sender, file, path, blobs[path], errors[path])
+        try:
+            if not result.objects_failed:
+                Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
+        except OSError as error:
+            result += fatal_result(error, run)
+        results.append(result)
+    remove_if_empty(batch.folder)
+    log.debug("%s: uploaded %d of %d files", batch.day, sum(result.objects_done for result in results), len(files))
+    return results
 
 
-def explain(error: BaseException) -> str:
-    """Say in one short line what an error is: the server's own words, if it sent any."""
-    error = getattr(error, "cause", None) or error  # of a RetryError
-    text = f"{type(error).__name__}: {error}"
-    response = getattr(error, "response", None)
-    if response is not None:
-        text = f"HTTP {response.status_code}"
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            text += f": {response.json()['error']['message']}"
-    line = " ".join(text.split())
-    return line if len(line) < 200 else f"{line[:200]}..."
+def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, error: Exception | None) -> Result:
+    """Return what became of an upload: it arrived if the bucket has the file as it should be."""
+    if isinstance(error, CancelledError):
+        return Result()
+    is_answer_lost, is_readable = isinstance(error, FileExistsError), True
+    if is_answer_lost:
+        try:
+            error = blob.reload(retry=sender.retrying)
+        except Exception as failure:
+            is_readable = not explain(failure).startswith("HTTP 403")  # for a role that may only create
+            error = failure if is_readable else None
+    size, checksum = sender.stored.pop(blob.name, (0, None))
+    reason = explain(error, run).replace(blob.name, "…") if error else ""
+    if not error and is_readable and (size != file.size or checksum not in (None, file.checksum)):
+        reason = f"the bucket has {size:,} bytes with CRC32C {checksum}, not {file.size:,} with {file.checksum}"
+    if reason:
+        fatal = "" if sender.accepted else f"nothing was accepted: {reason}"
+        return Result(fatal, objects_failed=1, failures=[(reason, path)])
+    sender.accepted = True
+    return delivered(run, file, is_answer_lost)
 
 
-def refusal(error: BaseException, run: Run) -> str:
-    """Say what to do where an error means that every other request would fail as well; otherwise nothing."""
-    from google.auth.exceptions import GoogleAuthError, TransportError
-
-    code, response = getattr(error, "code", None), getattr(error, "response", None)
-    if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
-        code = 401
-    if code == 404 and "upload_id=" in str(error):  # only this upload's session is gone
-        return ""
-    remedies = {
-        401: "the credentials were not accepted: log in again, or give the VM a service account",
-        403: f"no permission to create or overwrite objects in gs://{run.bucket}: grant roles/storage.objectUser "
-        "on it; with a role that only creates, --resume skips what is there",
-        404: f"there is no bucket gs://{run.bucket}: create it, or name another one with --bucket",
-    }
-    if response is not None and response.request.method == "GET":
-        remedies[403] = f"no permission to list gs://{run.bucket}: grant roles/storage.objectViewer on it"
-    return f"{remedies[code]} ({explain(error)})" if code in remedies else ""
-
-
-def end_of_run(error: Exception, run: Run) -> Outcome:
-    """Say why a run cannot go on, and what to do: disk, memory, threads or a listing were refused to it.
-
-    Raises any other error again.
-    """
-    if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
-        raise error
-    reason = refusal(error, run) if run.bucket else ""
-    advice = f"see to it, or lower --meters or the numbers of workers, then {run.again}"
-    return Outcome(fatal=reason or f"cannot go on: {explain(error)}; {advice}")
-
-
-# What is there already
-
-
-def measure(chunks: Iterable[bytes | bytearray]) -> tuple[int, int]:
-    """Return the size and the CRC32C of a content."""
-    import google_crc32c  # what the client library computes it with
-
-    size = checksum = 0
-    for chunk in chunks:
-        size += len(chunk)
-        checksum = google_crc32c.extend(checksum, bytes(chunk))
-    return size, checksum
-
-
-def differ(kind: str, day: date, name: str) -> Outcome:
-    """Return that a name is missing, different or unexpected."""
-    return Outcome(Counter({kind: 1}), [f"{kind}: dt={day}/{name}"])
-
-
-def verify_batch(run: Run, batch: Batch) -> Outcome:
-    """Compare what was found under the names of a batch with what a run would put there: size and CRC32C."""
-    outcome = Outcome()
-    for file, chunks in zip(batch.files, batch_contents(run, batch)):
-        made, found = measure(chunks), file.found[1:]
-        if not run.bucket and made[0] == found[0]:
-            with contextlib.suppress(OSError), open(os.path.join(batch.folder, file.name), "rb") as opened:
-                found = measure(iter(functools.partial(opened.read, 1 << 20), b""))
-        if made == found:
-            outcome.counts.update(objects=1, readings=run.rows * len(file.meters), bytes=made[0])
-        else:
-            outcome.add(differ("different", batch.day, file.name))
-    return outcome
-
-
-# The pipeline of one process
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """What a process works with: its slice of the run's files, the bucket, if there is one, and who is told."""
-
-    run: Run
-    files: range
-    fleet: array[int]  # as draw_fleet gives it for the meters of these files
-    bucket: Bucket | None
-    stopping: Sequence[str]  # not empty where the run is to stop
-    report: Report
-
-
-def list_day(pipeline: Pipeline, day: date) -> Iterator[Entry]:
-    """Yield what a day has within the names of the slice, in their order. Raises what the client or disk does."""
-    run, bucket, prefix = pipeline.run, pipeline.bucket, f"dt={day}/"
-    first, last = bound_names(run, pipeline.files, pipeline.fleet)
-
-    def is_own(name: str) -> bool:
-        return first <= name and (last is None or name < last)
-
-    if bucket:
-        bounds = {"start_offset": prefix + first, "end_offset": prefix + last if last else None}
-        wanted = "items(name,size,crc32c),nextPageToken"
-        blobs = bucket.client.list_blobs(bucket, prefix=prefix, fields=wanted, **bounds, **request_options(run))
-        entries = (
-            Entry(blob.name[len(prefix) :], blob.size, int.from_bytes(base64.b64decode(blob.crc32c or ""), "big"))
-            for blob in blobs
-        )
+def explain(error: BaseException, run: Run | None = None) -> str:
+    """Say in 200 characters what an error is and, of a run's request, what to do about it."""
+    for _ in range(20):  # there are wrappers of wrappers; the innermost is the cause
+        response = getattr(error, "response", None)
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if inner is None or response is not None:
+            break
+        error = inner
+    if response is None:
+        kind = "" if isinstance(error, OddAnswer) else type(error).__name__
+        words = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else error
     else:
-        folder = os.path.join(run.directory, prefix)
-        names = sorted(filter(is_own, os.listdir(folder))) if os.path.isdir(folder) else []
-        entries = (Entry(name, os.lstat(folder + name).st_size, -1) for name in names if not UNFINISHED.fullmatch(name))
-    yield from (entry for entry in entries if is_own(entry.name))  # not every emulator heeds the bounds
+        kind, words = f"HTTP {response.status_code}", response.headers.get("Location", "")
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            words = response.json()["error"]["message"]
+    words = re.sub(r"\s+", " ", SECRET.sub(r"\1…", str(words))).rstrip()
+    kind += ": " if kind and words else ""
+    remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, kind + words, re.I)), "")
+    if run and run.bucket == DEFAULT_BUCKET and re.match("HTTP 40[34]", kind):
+        remedy = "this is the default bucket; name yours with --bucket"
+    if len(kind + words) > 200:  # the end says most
+        words = f"…{words[len(kind) - 199 :]}"
+    return f"{kind}{words}; {remedy.format(bucket=run.bucket)}" if run and remedy else kind + words
 
 
-def choose_files(pipeline: Pipeline, day: date) -> Iterator[File]:
-    """Yield the files of a day that are to be made or verified, and report what else the destination shows."""
-    run, report, own = pipeline.run, pipeline.report, name_files(pipeline.run, pipeline.files, pipeline.fleet)
-    if not (run.resume or run.verify):
-        yield from own
-        return
-    name_of, skipped = operator.attrgetter("name"), Outcome(Counter(skipped=1))
-    both = heapq.merge(own, list_day(pipeline, day), key=name_of)
-    for name, same in itertools.groupby(both, name_of):
-        known = {type(item): item for item in same}
-        file, found = known.get(File), known.get(Entry)
-        whole = file and found and (found.size == run.file_bytes(len(file.meters)) or (run.gzip and found.size))
-        if pipeline.stopping:
-            return
-        if run.verify and not (file and found):
-            report(differ("missing" if file else "unexpected", day, name))
-        elif run.resume and whole:
-            report(skipped)
+# --- The pipeline of one process: what is there already, batches, and the pools. ------------------
+
+
+def list_day(run: Run, plan: Plan, part: Slice, sender: Sender, day: date) -> Iterator[File]:
+    """Yield what a day has in the slice's range of names, sorted. Raises client and OS errors."""
+    places, prefix = part.places, f"dt={day}/"
+    first = make_file(run, part, places.start).name if places.start > 0 else ""
+    end = make_file(run, part, places.stop).name if places.stop < plan.day_files else None
+    if sender.bucket:
+        options = {"fields": "items(name,size,crc32c),nextPageToken", "retry": sender.retrying}
+        bounds = {"start_offset": prefix + first, "end_offset": end and prefix + end}
+        files = read_listing(sender.bucket.list_blobs(prefix=prefix, **bounds, **options), prefix)
+    else:
+        folder = os.path.join(str(run.output_dir), prefix)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        files = (File(name, os.lstat(folder + name).st_size) for name in names if not PARTIAL.fullmatch(name))
+    for file in files:
+        if first <= file.name and (not end or file.name < end):  # some emulators heed no bounds
+            yield file
+
+
+def read_listing(listing: Any, prefix: str) -> Iterator[File]:
+    """Yield the objects below a prefix. Raises OddAnswer and client errors."""
+    tokens: set[str | None] = set()
+    with understanding("the bucket's listing"):
+        for page in listing.pages:
+            for blob in page:
+                if not blob.name.startswith(prefix):
+                    raise ValueError(f"{blob.name} is not below {prefix}")
+                if blob.size or not blob.name.endswith("/"):  # and no placeholder of a folder
+                    yield File(blob.name[len(prefix) :], int(blob.size), checksum=blob.crc32c)
+            if listing.next_page_token in tokens:
+                raise ValueError("the same page comes again and again")
+            tokens.add(listing.next_page_token)
+
+
+def choose_files(run: Run, part: Slice, stored: Iterator[File], sender: Sender, day: date) -> Iterator[File]:
+    """Yield the files to make or, with --verify, those that are there. Counts the others."""
+    files = (make_file(run, part, place) for place in part.places)
+    both = heapq.merge(files, stored, key=lambda item: item.name)  # for a full outer join by name
+    for name, same in itertools.groupby(both, key=lambda item: item.name):
+        if sender.stop.value:
+            raise CancelledError
+        by_origin = {item.place is None: item for item in same}
+        file, listed = by_origin.get(False), by_origin.get(True)
+        if run.verify and file and listed:
+            yield file._replace(size=listed.size, checksum=listed.checksum)
+        elif run.verify:
+            kind = "missing" if file else "unexpected"
+            sender.counts.append(Result(failures=[(kind, f"dt={day}/{name}")], **{f"objects_{kind}": 1}))
+        elif file and listed and listed.size and file.size in (None, listed.size):
+            sender.counts.append(Result(objects_skipped=1))
         elif file:
-            yield file._replace(found=found)
+            yield file
 
 
-def plan_batches(pipeline: Pipeline, batch_files: int, spare: list[str]) -> Iterator[Batch]:
-    """Yield day by day, batch by batch, what is to be made or verified."""
-    numbers = itertools.count()
-    for day in map(date.fromordinal, pipeline.run.days):
-        template = render_day_template(day, pipeline.run.interval)
-        files = choose_files(pipeline, day)
-        while batch := [*itertools.islice(files, batch_files)]:
-            name = f"{os.getpid()}.{next(numbers)}.dt={day}" if pipeline.bucket else f"dt={day}"
-            yield Batch(day, os.path.join(pipeline.run.directory, name), template, batch, spare)
-        if pipeline.stopping:
-            return
+def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File]]) -> list[Result]:
+    """Compare what is stored of a batch with what should be, by size and CRC32C."""
 
-
-def run_pipeline(pipeline: Pipeline) -> None:
-    """Generate or verify a slice of the files day by day, batch by batch, and report what became of each batch.
-
-    `free` counts the files that may still be put on disk. A batch takes its number away, what was delivered
-    comes back, and a file whose upload failed keeps its place: so the announced disk use is never passed. The
-    run ends early where an outcome is fatal, and where as many files in a row failed as a batch has.
-    """
-    run = pipeline.run
-    free, failed_in_a_row = run.files_on_disk(pipeline.files), 0
-    in_flight, paced = free, run.rps_limit and not run.verify
-    if paced:  # it is to stop soon after a signal, too
-        in_flight = max(1, int(PACED_SECONDS * run.rps_limit / len(run.slices)))
-    enough = max(2, free // run.batches)  # failures in a row
-    batch_files = max(1, min(free // run.batches, in_flight // run.upload_workers))
-    if paced and batch_files > run.transfer_workers:  # no thread idle in a batch's last round
-        batch_files -= batch_files % run.transfer_workers
-    pending: dict[Future[Outcome], int] = {}
-    spare: list[str] = []
-    settled = 0.0  # when
-
-    def report(outcome: Outcome) -> None:
-        pipeline.report(outcome)
-        if time.monotonic() > settled + TICK_SECONDS:  # many files may be skipped before there is a batch
-            settle(0.0)
-
-    def settle(seconds: float = TICK_SECONDS) -> None:
-        nonlocal free, failed_in_a_row, settled
-        done, _ = wait(pending, seconds, FIRST_COMPLETED)
-        settled = time.monotonic()
-        pipeline.report(Outcome())
-        for future in done:
-            error = future.exception()
-            outcome = end_of_run(error, run) if error else future.result()
-            free += pending.pop(future) - outcome.counts["failed"]
-            failed_in_a_row = 0 if outcome.counts["objects"] else failed_in_a_row + outcome.counts["failed"]
-            if outcome.failures and failed_in_a_row >= enough:
-                reason = f"nothing arrives in {run.destination} any more; see to it, then {run.again}"
-                outcome.add(Outcome(fatal=f"{reason} (the last error was {outcome.failures[-1]})"))
-            pipeline.report(outcome)
-
-    with contextlib.ExitStack() as stack:
-        write_executor = stack.enter_context(ThreadPoolExecutor(run.write_workers, "write"))
-        upload_executor = stack.enter_context(ThreadPoolExecutor(run.upload_workers, "upload"))
+    def compare(stored: File, file: File) -> Result:
+        name, checksum, problem = f"dt={batch.day}/{file.name}", stored.checksum, "it has no CRC32C"
         try:
-            for batch in plan_batches(replace(pipeline, report=report), batch_files, spare):
-                count = len(batch.files)
-                while pending and (len(pending) == run.batches or count > min(free, in_flight - sum(pending.values()))):
-                    settle()
-                if not pipeline.stopping and free < count:
-                    reason = f"files whose upload failed fill the disk; see to the cause, then {run.again}"
-                    pipeline.report(Outcome(fatal=reason))
-                if pipeline.stopping:
+            if run.output_dir:
+                with open(os.path.join(batch.folder, file.name), "rb") as opened:
+                    checksum = measure(iter(functools.partial(opened.read, 1 << 20), b""))[1]
+            elif not checksum:  # listings have none where the customer manages the keys
+                sender.bucket.blob(name).reload(retry=sender.retrying)
+                checksum = sender.stored.pop(name, (0, None))[1]
+        except Exception as error:
+            fatal_result(error, run)  # which raises it if it is our fault
+            problem = explain(error)
+        if stored.size != file.size or checksum not in (None, file.checksum):
+            return Result(objects_different=1, failures=[("different", name)])
+        if checksum is None:
+            return Result(objects_unchecked=1, failures=[(f"unchecked ({problem})", name)])
+        return delivered(run, file)
+
+    with ThreadPoolExecutor(run.transfer_workers) as pool:
+        return [*pool.map(compare, batch.files, drawn.result())]
+
+
+def scatter(items: Any) -> Iterator[Any]:
+    """Yield the items of a sequence in strides of about the square root of its length."""
+    stride = math.isqrt(len(items)) or 1
+    return itertools.chain.from_iterable(items[first::stride] for first in range(stride))
+
+
+def plan_batches(run: Run, plan: Plan, part: Slice, folder: str, sender: Sender) -> Iterator[Batch]:
+    """Yield a slice's batches day by day: to verify in the order of names, to upload in strides."""
+    # Cloud Storage is slow to follow names in order, so batch b of B has the files b, b + B, ...
+    # Batches and their files are scattered again, so that a few in a row cover the whole slice.
+    for day in map(date.fromordinal, plan.days):
+        chosen = choose_files(run, part, list_day(run, plan, part, sender, day), sender, day)
+        if run.verify:
+            while files := [*itertools.islice(chosen, plan.batch_files)]:
+                yield Batch(day, os.path.join(folder, f"dt={day}"), files)
+            continue
+        needed = array("Q", (file.place for file in chosen)) if run.resume else part.places
+        count = -(-len(needed) // plan.batch_files)
+        for number in scatter(range(count)):
+            files = [make_file(run, part, place) for place in scatter(needed[number::count])]
+            name = f"{os.getpid()}.{number}.dt={day}" if run.bucket else f"dt={day}"
+            if run.bucket and not sender.accepted:  # one alone, in case the bucket is wrong
+                yield Batch(day, os.path.join(folder, f"first.{name}"), [files.pop(0)])
+            if files:
+                yield Batch(day, os.path.join(folder, name), files)
+
+
+def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender) -> Iterator[Result]:
+    """Upload or verify a slice. Yields the results of batches, and an empty one every tick."""
+    pending: list[Future[list[Result]]] = []  # batches under way
+    plan_executor = ThreadPoolExecutor(1, "plan")
+    write_executor = ThreadPoolExecutor(run.write_workers, "write")
+    upload_executor = ThreadPoolExecutor(run.upload_workers, "upload")
+    with plan_executor, write_executor, upload_executor:
+        try:
+            part = draw_slice(run, plan, places, sender.stop)
+            keep_freed_memory()  # but not that of the drawing; before there is a thread
+            sender.bucket = open_bucket(run, sender) if run.bucket else None
+            batches = plan_batches(run, plan, part, folder, sender)
+            while True:
+                planned = plan_executor.submit(next, batches, None)
+                while not planned.done() or len(pending) == plan.pending_batches:
+                    yield collect(run, pending, planned)
+                batch = planned.result()
+                if batch is None or sender.stop.value:
                     break
-                free -= count
-                work = write_executor.submit(verify_batch if run.verify else write_batch, run, batch)
-                if not run.verify:
-                    work = upload_executor.submit(deliver_batch, run, pipeline.bucket, batch, work)
-                pending[work] = count
-        finally:
-            while pending:
-                settle()
-            for path in spare:
-                with contextlib.suppress(OSError):  # the next run clears it
-                    os.unlink(path)
+                written = write_executor.submit(write_batch, run, batch)
+                finish = verify_batch if run.verify else upload_batch
+                pending.append(upload_executor.submit(finish, run, sender, batch, written))
+                while pending and run.bucket and not (run.verify or sender.accepted):  # the first
+                    yield collect(run, pending)
+        except Exception as error:
+            yield fatal_result(error, run)
+        while pending:
+            yield collect(run, pending)
 
 
-# A run: its directory, its processes, its signals
-
-
-def run_slice(
-    run: Run, credentials: Any, turns: IO[bytes] | None, index: int, stopping: list[str], report: Report
-) -> None:
-    """Do or verify the index-th slice; what makes that impossible ends the run. Reports go on together, every tick."""
-    gauge, told, due, named = Gauge(run.retry_timeout, run.rps_limit, turns), Outcome(), 0.0, 0
-
-    def tell(outcome: Outcome, now: bool = False) -> None:
-        nonlocal told, due, named
-        if run.verify:  # the counts tell how many there are
-            del outcome.failures[max(0, NAMED - named) :]
-            named += len(outcome.failures)
-        told.add(outcome)
-        if outcome.fatal:
-            stopping.append(outcome.fatal)
-        if now or outcome.fatal or time.monotonic() > due:
-            told.add(gauge.drain())
-            report(told)
-            told, due = Outcome(), time.monotonic() + TICK_SECONDS
-
-    try:
-        bucket = open_bucket(run, credentials, gauge)
-        files = run.slices[index]
-        fleet = draw_fleet(run.seed, run.meters_of(files), run.meters if run.meters_per_file == 1 else 0, stopping)
-        if not stopping:
-            run_pipeline(Pipeline(run, files, fleet, bucket, stopping, tell))
-    except Exception as error:
-        tell(end_of_run(error, run))
-    tell(Outcome(), now=True)
-
-
-def clear_spools(directory: str) -> None:
-    """Delete the files and directories that earlier runs left in the temp directory, and nothing else."""
-    spools = [os.path.join(directory, name) for name in os.listdir(directory) if SPOOL.fullmatch(name)]
-    found = [place for spool in spools if not os.path.islink(spool) for place in os.walk(spool, topdown=False)]
-    left = [os.path.join(folder, name) for folder, _, names in found for name in names if SPOOLED.fullmatch(name)]
-    if left:
-        log.warning("clearing %d files that an earlier run left in %r", len(left), directory)
-    for path in left:
-        os.unlink(path)
-    for folder, _, _ in found:
-        with contextlib.suppress(OSError):  # something else is in it
-            os.rmdir(folder)
-
-
-@contextlib.contextmanager
-def claim_directory(run: Run) -> Iterator[tuple[Run, IO[bytes] | None]]:
-    """See that the run's directory can be written and has room; yield a run that uses it, and a file for its turns.
-
-    Files that wait for their upload lie in a directory of the run's own below the temp directory, which one run at
-    a time has. What an earlier run left there is cleared, and nothing else is ever touched. Files whose upload fails
-    stay; otherwise the temp directory is left as it was found. Raises RunError where the directory cannot be had.
-    """
-    directory, needed, advice = run.directory, run.disk_bytes, "lower --batch-size or --max-disk"
-    if not run.bucket:
-        advice = "ask for fewer days or meters"
-        if run.resume or run.gzip:  # some files are there already; others compress to 8% at the best
-            needed = 0 if run.resume else run.readings * ROW_BYTES // 12
-    flag = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
-    with contextlib.ExitStack() as stack:
+def collect(run: Run, pending: list[Future[list[Result]]], *others: Future[Any]) -> Result:
+    """Wait a tick for a future to end. Moves ended batches out of `pending` into a result."""
+    wait([*pending, *(one for one in others if not one.done())], TICK_SECONDS, FIRST_COMPLETED)
+    total = Result()
+    for future in [future for future in pending if future.done()]:
+        pending.remove(future)
         try:
-            os.makedirs(directory, exist_ok=True)
-            turns = stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-            turns.write(array("d", [-math.inf]).tobytes())
-            if run.rps_limit:
-                fcntl.lockf(turns, fcntl.LOCK_EX)  # not every file system can
-                fcntl.lockf(turns, fcntl.LOCK_UN)
-            if run.bucket:
-                lock = os.open(directory, os.O_RDONLY)
-                stack.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
-                clear_spools(directory)
-            free = shutil.disk_usage(directory).free
-            if free < needed:
-                raise RunError(f"{flag} has {in_bytes(free)} free, {in_bytes(needed)} are needed; {advice}")
-            if run.bucket:
-                run = replace(run, directory=tempfile.mkdtemp(prefix=f".wattif-{os.getpid()}-", dir=directory))
-        except BlockingIOError:
-            spools = filter(None, map(SPOOL.fullmatch, os.listdir(directory)))
-            holders = " or ".join(f"process {spool[1]}" for spool in spools) or "another run"
-            raise RunError(f"{flag} is in use by {holders}; wait or give another one", 1) from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{flag} cannot be created or written: {reason}; name a directory of yours") from None
-        yield run, turns
-        if run.bucket:
-            with contextlib.suppress(OSError):  # files whose upload failed are in it
-                os.rmdir(run.directory)
+            for result in future.result():
+                total += result
+        except Exception as error:
+            total += fatal_result(error, run)
+    return total
 
 
-def find_credentials() -> Any:
-    """Find the Application Default Credentials, or None for an emulator. Raises RunError where there are none."""
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-    if emulator:
-        if re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[1-9][0-9]{,4})?(/.*)?", emulator):
-            return None
-        raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; with --bucket it is used")
-    import google.auth
-    from google.auth.exceptions import GoogleAuthError
+def run_slice(run: Run, plan: Plan, folder: str, sender: Sender, places: range) -> Iterator[Result]:
+    """Yield the results of a slice. An error stops the whole run."""
+    if run.rps_limit:
+        sender.rate = run.rps_limit * len(places) / plan.day_files
+        sender.start += places.start / plan.day_files / sender.rate  # all processes alternate
+    failed = listed = 0
+    last = [Result()]  # with what was counted since the end of the last batch
+    for result in itertools.chain(run_batches(run, plan, places, folder, sender), last):
+        for _ in range(len(sender.counts)):  # other threads go on counting
+            result += sender.counts.popleft()
+        failed += result.objects_failed
+        if result.objects_failed and failed >= max(2, plan.batch_files):
+            reason, path = result.failures[-1]
+            result += Result(f"{failed:,} uploads failed, at last {path}: {reason}")
+        if run.verify:
+            del result.failures[max(0, MAX_DIFFERENCES - listed) :]
+            listed += len(result.failures)
+        if result.error and not sender.stop.value:  # at once, for the parent may be slow
+            sender.stop.value = FAILED
+        yield result
 
+
+# --- The machine: directories, memory, processes and signals. -------------------------------------
+
+
+def remove_if_empty(directory: str) -> None:
+    """Remove a directory, unless files whose upload failed are in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)
+
+
+def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
+    """Return a directory for the files that is writable and has room. Raises RunError."""
+    directory, needed = run.temp_dir if run.bucket else str(run.output_dir), plan.disk_bytes
+    if not run.bucket and (run.gzip or run.resume):  # files compress to 8% or are there already
+        needed = 0 if run.resume else plan.readings * ROW_BYTES // 12
+    which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     try:
-        return google.auth.default()[0]
-    except (GoogleAuthError, OSError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"--bucket needs Google credentials ({explain(error)}): run 'gcloud auth application-default login', "
-            "give the VM a service account, or keep the files with --output-dir"
-        ) from None
+        os.makedirs(directory, exist_ok=True)
+        if run.bucket:
+            directory = lock_spool(os.path.join(directory, f".wattif-{os.getuid()}"), stack)
+        tempfile.TemporaryFile(dir=directory).close()
+        free = shutil.disk_usage(directory).free
+    except BlockingIOError:
+        raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
+    except OSError as error:
+        raise RunError(f"{which} cannot be written: {error.strerror or error}; name one of yours") from None
+    if free < needed:
+        raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; lower --meters or --batch-size")
+    return directory
+
+
+def lock_spool(spool: str, stack: contextlib.ExitStack) -> str:
+    """Make an empty directory of this user, locked until the stack ends. Raises OSError."""
+    stack.callback(os.umask, os.umask(0o077))  # nobody else reads what is in it
+    os.makedirs(spool, 0o700, exist_ok=True)
+    lock = os.open(spool, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    stack.callback(os.close, lock)
+    if os.fstat(lock).st_uid != os.getuid():
+        raise RunError(f"--temp-dir: {spool} belongs to another user; name a directory of yours")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
+    stack.callback(remove_if_empty, spool)
+    for left in os.scandir(spool):
+        log.warning("deleting %s, which an earlier run left", left.path)
+        (shutil.rmtree if left.is_dir(follow_symlinks=False) else os.unlink)(left.path)
+    return spool
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of finished uploads for the next ones; elsewhere do nothing.
-
-    Otherwise every buffer of an object's size is a new mapping, page by page. See mallopt(3) for the numbers.
-    """
-    mmap_threshold, trim_threshold, top_pad, arena_max = (-3, 32 << 20), (-1, 512 << 20), (-2, 16 << 20), (-8, 1)
+    """Let glibc keep the memory of finished uploads instead of mapping it anew: see mallopt(3)."""
+    trim_at, top_pad, mmap_from, arenas = (-1, 512 << 20), (-2, 16 << 20), (-3, 32 << 20), (-8, 1)
     with contextlib.suppress(OSError, AttributeError):
-        for parameter in (mmap_threshold, trim_threshold, top_pad, arena_max):
-            ctypes.CDLL("libc.so.6").mallopt(*parameter)
+        for option, value in (mmap_from, trim_at, top_pad, arenas):
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
-def run_child(work: Callable[..., None], index: int, ours: Connection, others: Sequence[Connection]) -> None:
-    """Be one of several processes: do the index-th slice and send what became of each batch.
-
-    Signals are the parent's to handle. Whatever it sends means to stop; when it is gone, so is this process.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    for other in others:  # a copy would hide that the parent is gone
-        other.close()
-    stopping: list[str] = []
-
-    def follow_parent() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                stopping.append(ours.recv())
+def run_child(work: Callable[[range], Any], places: range, results: Any, parent: int) -> None:
+    """Be one of several processes: send a slice's results."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
+    if os.getppid() != parent:  # it has ended before that
         os._exit(1)
+    for result in work(places):
+        results.send(result)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
-    work(index, stopping, ours.send)
 
-
-def run_children(run: Run, work: Callable[..., None], stopping: list[str], report: Report) -> None:
-    """Do each slice in a process of its own, started before any thread or client exists.
-
-    However this function ends, the connections are closed, and a child without one ends too.
-    """
+def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctypes.c_byte) -> Iterator[Result]:
+    """Run each slice in a process of its own. Yields their results, and an empty one every tick."""
     if run.bucket:
         import google.cloud.storage.transfer_manager  # noqa: F401 - once for all children
-    context = multiprocessing.get_context("fork")
-    children: dict[Connection, tuple[range, multiprocessing.process.BaseProcess]] = {}
-    with contextlib.ExitStack() as stack:
-        try:
-            for index, files in enumerate(run.slices):
-                ours, theirs = map(stack.enter_context, context.Pipe())
-                child = context.Process(target=run_child, args=(work, index, theirs, [ours, *children]), daemon=True)
-                child.start()
-                theirs.close()
-                children[ours] = (files, child)
-        except OSError as error:
-            reason = f"cannot start {len(run.slices)} processes ({error.strerror}): lower --processes"
-            report(Outcome(fatal=reason))
+    context = multiprocessing.get_context("fork")  # before any thread or client exists
+    children: dict[Any, tuple[range, Any]] = {}  # places and process, by the connection to read
+    try:
+        for places in plan.slices:
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=run_child, args=(work, places, theirs, os.getpid()), daemon=True)
+            child.start()
+            theirs.close()
+            children[ours] = (places, child)
+    except OSError as error:
+        stop.value = stop.value or FAILED
+        yield Result(f"cannot start {len(plan.slices)} processes ({error.strerror}): lower --processes")
+    while children:
+        yield Result()
+        for ours in multiprocessing.connection.wait(list(children), TICK_SECONDS):
+            try:
+                yield ours.recv()
+            except (EOFError, OSError):
+                places, child = children.pop(ours)
+                child.join()
+                if child.exitcode:
+                    ending = f"their process ended with exit code {child.exitcode}; run it again"
+                    yield Result(failures=[(ending, f"files {places[0]} to {places[-1]} of each day")])
+
+
+def handle_signals() -> ctypes.c_byte:
+    """Return the byte that stops a run. SIGINT and SIGTERM set it, a second one ends it at once."""
+    stop = ctypes.c_byte.from_buffer(mmap.mmap(-1, 1))  # in memory that all processes share
+    parent = os.getpid()
+
+    def handle(signum: int, _: Any) -> None:
+        if os.getpid() != parent:  # which gets the signal too, or is meant to
             return
-        while children:
-            for connection in children if stopping else ():
-                with contextlib.suppress(OSError):
-                    connection.send("stop")
-            report(Outcome())
-            for connection in multiprocessing.connection.wait(list(children), TICK_SECONDS):
-                try:
-                    outcome = connection.recv()
-                except (EOFError, OSError):
-                    files, child = children.pop(connection)
-                    child.join()
-                    outcome = Outcome()
-                    if child.exitcode:
-                        ending = f"their process ended with exit code {child.exitcode}; {run.again}"
-                        outcome.failures.append(f"files {files[0]} to {files[-1]} of each day: {ending}")
-                if outcome.fatal:
-                    stopping.append(outcome.fatal)
-                report(outcome)
+        if stop.value > 0:
+            os._exit(128 + signum)
+        stop.value = signum
+        say("stopping: what is under way is finished; another signal stops at once")
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handle)
+    return stop
 
 
-def execute(run: Run, credentials: Any, turns: IO[bytes] | None, progress: Progress) -> int:
-    """Do a whole run, with its progress and report, and return its exit status.
-
-    The first SIGINT or SIGTERM lets the batches in flight finish; the second ends the process at once.
-    """
-    stopping: list[str] = []
-    signals: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        signals.append(number)
-        told = "stopping: the batches in flight finish; another signal stops at once\n" if len(signals) == 1 else ""
-        # Not by say(), whose write the signal may have interrupted.
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), f"{ERASE if on_terminal() else ''}{told}".encode())
-        if not told:
-            os._exit(128 + number)
-        stopping.append("signal")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    keep_freed_memory()
-    work = functools.partial(run_slice, run, credentials, turns)
-    if len(run.slices) > 1:
-        run_children(run, work, stopping, progress.update)
-    elif run.slices:
-        work(0, stopping, progress.update)
-    return progress.conclude(signals[0] if signals else 0)
-
-
-# Reporting: standard error is for people, standard output for programs
+# --- Reporting: standard error is for people, standard output for programs. -----------------------
 
 
 def on_terminal() -> bool:
@@ -1050,16 +1055,13 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def show(text: str) -> None:
-    """Write text to standard error in place of the live line; that its disk is full or its reader gone ends no run."""
+def say(line: str, end: str = "\n") -> None:
+    """Write a line to standard error over the live line, with control characters escaped."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
+    # A full disk or a closed pipe is ignored. The buffer of sys.stderr would keep the text.
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"{ERASE if on_terminal() else ''}{text}")
-        sys.stderr.flush()
-
-
-def say(line: str) -> None:
-    """Tell a person one line, with control characters escaped."""
-    show("".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line) + "\n")
+        text = ("\r\x1b[K" if on_terminal() else "") + "".join(escaped) + end
+        os.write(sys.stderr.fileno(), text.encode(sys.stderr.encoding, "backslashreplace"))
 
 
 def in_bytes(count: float) -> str:
@@ -1071,297 +1073,154 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
-def describe_plan(run: Run) -> None:
+def describe_plan(run: Run, plan: Plan) -> None:
     """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
-    size = run.readings * ROW_BYTES
+    size = plan.readings * ROW_BYTES
+    largest = run.file_bytes(min(run.meters_per_file, run.meters))
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
     say(f"days         {run.start} to {run.end}")
     say(f"meters       {run.meters:,}, a reading every {run.interval} s, seed {run.seed}")
     if run.task_source:
         say(f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})")
-    say(f"readings     {run.readings:,}")
-    say(f"objects      {run.objects:,} of {inexact}{run.file_bytes(min(run.meters_per_file, run.meters)):,} bytes")
+    say(f"readings     {plan.readings:,}")
+    say(f"objects      {plan.objects:,} of {inexact}{largest:,} bytes")
     say(f"bytes        {size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}")
-    say(f"processes    {len(run.slices)}")
+    say(f"processes    {len(plan.slices)}")
     if not run.verify:
-        say(f"disk         at most {run.disk_bytes:,} bytes ({in_bytes(run.disk_bytes)}) at once in {run.directory}")
-    say(f"destination  {run.destination}/dt=YYYY-MM-DD/")
+        disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
+        say(f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}")
+    say(f"destination  {f'gs://{run.bucket}' if run.bucket else run.output_dir}/dt=YYYY-MM-DD/")
 
 
 class Progress:
-    """What a run has done so far: a live line on a terminal, a log line now and then elsewhere, a report at the end.
+    """What a run has done so far: shown on a terminal, logged elsewhere, a record at the end."""
 
-    Throughput is kept in at most SLOTS slots of equal length, which doubles whenever they are full.
-    """
-
-    def __init__(self, run: Run, as_json: bool) -> None:
-        """Begin to count time."""
-        self.run, self.as_json, self.total = run, as_json, Outcome()
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self.run, self.plan, self.total = run, plan, Result()
         self.started = self.shown = time.monotonic()
-        self.marks = deque([(0.0, 0, 0)], RATE_SECONDS)  # each second: the time, the bytes and objects till then
-        self.slots, self.slot_seconds = [0], 1
-        self.peaks = [0.0, 0.0]  # bytes and objects a second, in the best one
+        self.objects, self.bytes = array("Q", [0]), array("Q", [0])  # that arrived, by second
 
-    def update(self, outcome: Outcome) -> None:
-        """Add what became of some files, and show it if it is time to."""
-        self.total.add(outcome)
+    def add(self, result: Result) -> None:
+        """Add a result, and show the progress if it is time to."""
         now, interactive = time.monotonic(), on_terminal()
-        if now - self.started >= self.marks[-1][0] // 1 + 1:  # on whole seconds, which do not drift
-            self.mark(now - self.started)
+        second = int(now - self.started)
+        self.total += result
+        for arrived in (self.objects, self.bytes):
+            arrived.extend([0] * (second + 1 - len(arrived)))
+        self.objects[second] += result.arrived_objects
+        self.bytes[second] += result.arrived_bytes
         if now - self.shown < (TICK_SECONDS if interactive else LOG_SECONDS):
             return
         self.shown = now
         if interactive:
-            show(self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1))
+            say(self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1), end="")
         else:
             log.info("%s", self.live_line(200))
 
-    def mark(self, elapsed: float) -> None:
-        """Take down what arrived since the last mark; of uploads what was answered, which is known sooner."""
-        uploads = self.run.bucket and not self.run.verify
-        kinds = ("sent_bytes", "arrived") if uploads else ("bytes", "objects")
-        self.marks.append((elapsed, *(self.total.counts[kind] for kind in kinds)))
-        since, (seconds, *gains) = self.marks[-2][0], map(operator.sub, self.marks[-1], self.marks[-2])
-        seconds = max(seconds, min(elapsed, 1.0))  # the end of a run makes no second of its own
-        self.peaks = [max(peak, gain / seconds) for peak, gain in zip(self.peaks, gains)]
-        while since // self.slot_seconds >= SLOTS:
-            self.slots = [sum(self.slots[index : index + 2]) for index in range(0, len(self.slots), 2)]
-            self.slot_seconds *= 2
-        if gains[0]:
-            self.slots += [0] * (int(since) // self.slot_seconds + 1 - len(self.slots))
-            self.slots[-1] += gains[0]
-
     def live_line(self, width: int) -> str:
-        """Say how far the run is, in at most `width` characters; what matters least is left out first."""
-        counts, objects = self.total.counts, max(1, self.run.objects)
-        done = sum(counts[kind] for kind in ("objects", "skipped", "failed", "missing", "different"))
-        elapsed = time.monotonic() - self.started
-        seconds, size, _ = map(operator.sub, self.marks[-1], self.marks[0])
-        left = elapsed / (done - counts["skipped"]) * (objects - done) if done > counts["skipped"] else math.inf
-        pieces = [
-            f"{100 * done // objects:3d}%",
-            f"{done:,}/{self.run.objects:,} objects",
-            f"{in_bytes(size / max(seconds, 1.0))}/s",
-            f"{timedelta(seconds=round(left))} left" if left < 8e6 else "",
-            f"{counts['readings']:,} readings",
-            f"{counts['retries']:,} retries" if counts["retries"] else "",
-        ]
-        pieces = [piece for piece in pieces if piece]
-        while pieces and len("  ".join(pieces)) > width:
-            pieces.pop()
-        room = min(30, width - len("  ".join(pieces)) - 4)
-        if room >= 8:
-            full = room * done // objects
-            pieces.insert(1, f"[{'#' * full}{'.' * (room - full)}]")
-        return "  ".join(pieces)
+        """Say how far the run is, in at most `width` characters; what matters least is cut off."""
+        total, planned, elapsed = self.total, max(1, self.plan.objects), time.monotonic() - self.started
+        handled = sum(self.objects) + total.objects_failed + total.objects_missing + total.objects_different
+        done = min(handled + total.objects_skipped, planned)
+        left = timedelta(seconds=round(elapsed / handled * (planned - done))) if handled else "?"
+        lately = self.bytes[-11:-1] or self.bytes  # the last ten whole seconds
+        speed = in_bytes(sum(lately) / len(lately))
+        bar = f"[{'#' * (20 * done // planned):.<20}]  " if width > 70 else ""
+        line = f"{100 * done // planned:3d}%  {bar}{done:,}/{planned:,} objects  {speed}/s  {left} left"
+        return f"{line}  {total.retries:,} retries"[:width]
 
-    def latency(self, share: float) -> float:
-        """Return the seconds within which a share of the answers came, with an error of 2.5% at the most."""
-        latencies = sorted((key[1], count) for key, count in self.total.counts.items() if key[0] == "latency")
-        exponents, counts = zip(*latencies or [(-math.inf, 0)])
-        reached = [*itertools.accumulate(counts)]
-        return LATENCY_BASE ** exponents[bisect.bisect_left(reached, share * reached[-1])]
-
-    def summary(self, number: int) -> dict[str, Any]:
-        """Return the report for programs on a run that signal `number` or nothing ended; the README has its keys."""
-        counts, total, run = self.total.counts, self.total, self.run
+    def record(self, signum: int) -> dict[str, Any]:
+        """Return the report of a run that a signal, or none (0), stopped: see README."""
+        run, total = self.run, self.total
         elapsed = max(time.monotonic() - self.started, 1e-3)
-        self.mark(elapsed)
-        complete = counts["objects"] + counts["skipped"] == run.objects and not counts["unexpected"]
-        statuses = {key[1]: counts[key] for key in sorted(key for key in counts if key[0] == "status")}
-        kinds = ("skipped", "failed", "missing", "different", "unexpected")
-        shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+        incomplete = total.objects_done + total.objects_skipped != self.plan.objects
+        status = int(bool(incomplete or total.objects_unexpected or total.error or total.failures))
+        slot_seconds = len(self.bytes) // 60 + 1  # so that there are at most 60
+        slots = (self.bytes[first : first + slot_seconds] for first in range(0, len(self.bytes), slot_seconds))
         return {
             "mode": "verify" if run.verify else "upload" if run.bucket else "write",
-            "destination": run.destination,
-            "exit_status": 128 + number if number else int(not complete or bool(total.fatal or total.failures)),
-            "error": total.fatal or None,
-            "objects_planned": run.objects,
-            "objects_done": counts["objects"],
-            **{f"objects_{kind}": counts[kind] for kind in kinds},
-            "failures": total.failures,
-            "readings": counts["readings"],
-            "bytes": counts["bytes"],
+            "destination": f"gs://{run.bucket}" if run.bucket else run.output_dir,
+            "exit_status": 128 + signum if signum else status,
+            "objects_planned": self.plan.objects,
+            **{name: value for name, value in vars(total).items() if not name.startswith(("latencies", "arrived"))},
+            "failures": [*name_failures(total.failures, run.verify)],
+            "error": total.error or None,
             "elapsed_seconds": round(elapsed, 3),
-            "mean_bytes_per_second": round(counts["bytes"] / elapsed),
-            "mean_objects_per_second": round(counts["objects"] / elapsed, 3),
-            "peak_bytes_per_second": round(self.peaks[0]),
-            "peak_objects_per_second": round(self.peaks[1], 3),
-            **{f"latency_{name}_seconds": round(self.latency(share), 6) for name, share in shares.items()},
-            "answers": {str(code): count for code, count in statuses.items() if code},
-            "unanswered_requests": statuses.get(0, 0),
-            "throttled_answers": statuses.get(429, 0) + statuses.get(503, 0),
-            "retries": counts["retries"],
-            "throughput_bytes": self.slots,
-            "throughput_slot_seconds": self.slot_seconds,
+            "mean_bytes_per_second": round(total.bytes / elapsed),
+            "mean_objects_per_second": round(total.objects_done / elapsed, 3),
+            "peak_bytes_per_second": round(max(*self.bytes, sum(self.bytes) / elapsed)),
+            "peak_objects_per_second": round(float(max(*self.objects, sum(self.objects) / elapsed)), 3),
+            **{f"latency_{name}_seconds": percentile(total.latencies, p) for name, p in LATENCY_SHARES.items()},
+            "throttled_answers": total.answers[429] + total.answers[503],
+            "throughput_bytes": [*map(sum, slots)],
+            "throughput_slot_seconds": slot_seconds,
         }
 
-    def conclude(self, number: int) -> int:
-        """Report what became of the run, which signal `number` or nothing ended, and return its exit status."""
-        made, verify = self.summary(number), self.run.verify
-        for failure in made["failures"]:
-            say(failure if verify else f"failed: {failure}")
-        if made["error"]:
-            say(f"error: {made['error']}")
-        if number:
-            say(f"stopped by {signal.Signals(number).name}; {self.run.again}")
-        kinds = ("missing", "different", "unexpected") if verify else ("failed", "skipped")
-        say(
-            f"{made['objects_done']:,} objects, {made['readings']:,} readings, {in_bytes(made['bytes'])} in "
-            f"{made['elapsed_seconds']:.2f} s: {made['mean_objects_per_second']:,.1f} objects/s, "
-            f"{made['readings'] / made['elapsed_seconds']:,.0f} readings/s, "
-            f"{in_bytes(made['mean_bytes_per_second'])}/s; "
-            + ", ".join(f"{made[f'objects_{kind}']:,} {kind}" for kind in kinds)
-        )
-        if made["answers"]:
-            answers = ", ".join(f"{count:,} of {code}" for code, count in made["answers"].items())
-            times = (f"{key} {1000 * made[f'latency_{key}_seconds']:,.0f} ms" for key in ("p50", "p95", "p99", "max"))
-            say(
-                f"answers      {answers}; {made['unanswered_requests']:,} requests without one; "
-                f"{made['throttled_answers']:,} throttled (429, 503), {made['retries']:,} retries"
-            )
-            say(f"latency      {', '.join(times)}")
-        if len(self.slots) > 1 and self.peaks[0]:
-            peaks = f"{in_bytes(self.peaks[0])}/s, {self.peaks[1]:,.0f} objects/s"
-            say(f"throughput   {sparkline(self.slots)} at most {peaks}")
-        if not self.as_json:
-            return made["exit_status"]
-        try:
+
+def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator[str]:
+    """Yield a line for each finding of --verify, or for all uploads that failed for one reason."""
+    if verify:
+        yield from (f"{reason}: {name}" for reason, name in failures)
+        return
+    for reason, alike in itertools.groupby(sorted(failures), key=lambda failure: failure[0]):
+        first, *others = (name for _, name in alike)
+        yield f"{first}{f' and {len(others):,} more' if others else ''}: {reason}"
+
+
+def percentile(latencies: Counter[int], share: float) -> float:
+    """Return the seconds within which a share of the responses came, to 2.5%; 0 without any."""
+    wanted = share * sum(latencies.values())
+    for exponent in sorted(latencies):
+        wanted -= latencies[exponent]
+        if wanted <= 0:
+            return round(LATENCY_BASE**exponent, 6)
+    return 0.0
+
+
+def print_report(run: Run, record: dict[str, Any]) -> int:
+    """Tell people, and programs with --json, what became of the run. Returns the exit status."""
+    again = "run it again" if run.verify else "run it again with --resume"
+    for failure in record["failures"]:
+        say(failure if run.verify else f"failed: {failure}")
+    if record["files_left"]:
+        left = f"{record['files_left']:,} files of {in_bytes(record['bytes_left'])}"
+        say(f"{left} stay below {run.temp_dir}, until your next run there")
+    if record["error"]:
+        say(f"error: {record['error']}; fix that, then {again}")
+    if record["exit_status"] > 128:
+        say(f"stopped by {signal.Signals(record['exit_status'] - 128).name}; {again}")
+    kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped")
+    found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
+    objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
+    rates = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s, {in_bytes(size / seconds)}/s"
+    say(f"{objects:,} objects, {readings:,} readings, {in_bytes(size)} in {seconds:.2f} s: {rates}; {found}")
+    if record["answers"]:
+        answers = (f"{count:,} of {status}" for status, count in sorted(record["answers"].items()))
+        say(f"answers      {', '.join(answers)}; {record['unanswered_requests']:,} requests without one")
+        say(f"retries      {record['retries']:,}; {record['throttled_answers']:,} answers were 429 or 503")
+        latencies = (f"{name} {1000 * record[f'latency_{name}_seconds']:,.0f} ms" for name in LATENCY_SHARES)
+        say(f"latency      {', '.join(latencies)}")
+    try:
+        if run.json:
             with open(sys.stdout.fileno(), "w", closefd=False) as out:
-                print(json.dumps(made), file=out)
-        except (OSError, AttributeError) as error:  # closed, it is None
-            say(f"error: --json cannot write to standard output: {getattr(error, 'strerror', 'it is closed')}")
-            return made["exit_status"] or 1
-        return made["exit_status"]
+                print(orjson.dumps(record, option=orjson.OPT_NON_STR_KEYS).decode(), file=out)
+    except (OSError, AttributeError) as error:  # it is None if it was closed
+        say(f"error: standard output cannot be written: {getattr(error, 'strerror', 'it is closed')}")
+        return record["exit_status"] or 1
+    return record["exit_status"]
 
 
-def sparkline(values: Sequence[int]) -> str:
-    """Draw values as bars of eight heights, in ASCII where standard error has nothing else."""
-    bars = "▁▂▃▄▅▆▇█"
-    if bars.encode(sys.stderr.encoding, "ignore") == b"":
-        bars = "_.-:=+*#"
-    return "".join(bars[value * 7 // max(values)] for value in values)
+# --- The command line. ----------------------------------------------------------------------------
 
-
-# The command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are like those of the rest of the script."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise RunError."""
-        raise RunError(message[:1000])
-
-
-def parse_day(text: str) -> date:
-    """Parse a day; argparse names the flag."""
-    today = datetime.now(timezone.utc).date()
-    if text in ("today", "yesterday"):
-        return today - timedelta(days=text == "yesterday")
-    with contextlib.suppress(ValueError):
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
-            return date.fromisoformat(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a day: write YYYY-MM-DD, today or yesterday (UTC)")
-
-
-def numbers(least: float, most: int, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """Return a parser of numbers within bounds, whole ones or of kind float; argparse names the flag."""
-    pattern, name = ("[0-9]{1,20}", "whole number") if kind is int else (r"[0-9]{1,20}(\.[0-9]{1,6})?", "number")
-
-    def parse(text: str) -> Any:
-        if re.fullmatch(pattern, text) and least <= kind(text) <= most:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:,} to {most:,}")
-
-    return parse
-
-
-def parse_size(text: str) -> int:
-    """Parse a size in bytes, with a decimal or binary unit or none; argparse names the flag."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kKMGT])(i?))?B?", text)
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000000, 500MB, 20GB or 2GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
-
-
-def parse_bucket(text: str) -> str:
-    """Parse a bucket's name by the rules of https://cloud.google.com/storage/docs/buckets#naming."""
-    shape = r"[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]|(?=.{3,222}$)[a-z0-9][a-z0-9_-]{,62}(\.[a-z0-9_-]{1,63})+(?<![_-])"
-    if not re.fullmatch(shape, text) or re.search(r"^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be a bucket: 3 to 63 lower-case letters, digits, '-', '_' and '.', letters or digits at "
-            "both ends, no IP address, not google nor anything that begins with goog"
-        )
-    return text
-
-
-def build_parser() -> Parser:
-    """Describe the command line."""
-    parser = Parser(
-        prog="generator.py",
-        usage="%(prog)s --start DATE --end DATE [--bucket NAME | --output-dir DIR] [options]",
-        description="Generate synthetic smart-meter readings (NDJSON) and upload them to Google Cloud Storage.",
-        epilog="example:\n  %(prog)s --start 2024-01-01 --end 2024-01-31 --meters 1000 --bucket my-datalake-bucket\n"
-        "uploads a month of 1,000 meters, 31,000 objects of 683 kB, to gs://my-datalake-bucket/dt=2024-01-01/ and on",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-
-    def add(flags: str, metavar: str, kind: Any, default: Any, meaning: str, **more: Any) -> None:
-        shown = f" (default: {default:,})" if isinstance(default, int) else f" (default: {default})" if default else ""
-        group.add_argument(*flags.split(), metavar=metavar, type=kind, default=default, help=meaning + shown, **more)
-
-    def switch(flags: str, meaning: str) -> None:
-        group.add_argument(*flags.split(), action="store_true", help=meaning)
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = numbers(1, 1024)
-    meters = numbers(1, MAX_METERS)
-
-    group = parser.add_argument_group("days (UTC)")
-    add("--start", "DATE", parse_day, None, "first day: YYYY-MM-DD, today or yesterday", required=True)
-    add("--end", "DATE", parse_day, None, "last day, included", required=True)
-
-    group = parser.add_argument_group("destination")
-    add("--bucket", "NAME", parse_bucket, None, f"upload to gs://NAME (default: {DEFAULT_BUCKET})")
-    add("--output-dir", "DIR", str, None, "keep the files in DIR instead: no account, no network")
-
-    group = parser.add_argument_group("data")
-    add("--meters", "N", meters, 1000, "size of the fleet")
-    add("--interval", "SECONDS", numbers(1, DAY_SECONDS), 10, "seconds between readings; must divide a day")
-    add("--seed", "N", numbers(0, 2**63 - 1), DEFAULT_SEED, "fleet and readings follow from it")
-    add("--meters-per-file", "K", meters, 1, "meters that share an object, one after the other")
-    switch("--gzip", "compress the objects (level 1)")
-
-    group = parser.add_argument_group("what to do")
-    switch("--resume", "skip the objects that are there already")
-    switch("--verify", "upload nothing; compare names, sizes and CRC32C of what is there")
-    switch("--dry-run", "print the plan and stop")
-    switch("--json", "print the report as a line of JSON on standard output")
-    switch("-v --verbose", "log each batch and decision")
-    group.add_argument("-h", "--help", action="help", help="show this page and exit")
-
-    group = parser.add_argument_group("many machines (default: what the engine's environment says, else one share)")
-    add("--task-index", "I", numbers(0, MAX_METERS), None, "which share of the run this is, from 0 on")
-    add("--task-count", "N", meters, None, "how many shares there are")
-
-    group = parser.add_argument_group("tuning")
-    add("--temp-dir", "DIR", str, DEFAULT_TEMP_DIR, "where files wait for their upload; created if missing")
-    add("--max-disk", "SIZE", parse_size, None, "most bytes waiting there, as 20GB (default: batches in flight)")
-    add("--batch-size", "N", numbers(1, 100_000), 100, "files for each call of the transfer manager")
-    add("--processes", "N", threads, cores, "pipelines, each with its own threads; the cores it may use")
-    add("--write-workers", "N", threads, 1, "threads of a process that generate and write, each a batch")
-    add("--upload-workers", "N", threads, 2, "batches that a process uploads at once")
-    add("--transfer-workers", "N", threads, 16, "uploads at once within a batch (max_workers)")
-    add("--retry-timeout", "SECONDS", numbers(1, DAY_SECONDS), 120, "how long a request is tried again")
-    add("--rps-limit", "R", numbers(0.1, 10**6, float), None, "objects a second at most, evenly paced")
-    return parser
-
-
-# Engines that run array jobs, and the variables in which they say a task's index, count and first index.
-ENGINES = (
+GROUPS = {  # of the settings that begin with these
+    "start": "days (UTC)",
+    "bucket": "destination",
+    "meters": "data",
+    "resume": "what to do",
+    "task_index": "many machines (default: from Cloud Batch, Cloud Run, Slurm or Kubernetes)",
+    "temp_dir": "tuning",
+}
+SCHEDULERS = (  # their variables for a task's index, the number of tasks, and the first index
     ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT", ""),  # Cloud Batch
     ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT", ""),  # Cloud Run jobs
     ("JOB_COMPLETION_INDEX", "", ""),  # Kubernetes Indexed Jobs, which do not say the count
@@ -1369,76 +1228,103 @@ ENGINES = (
 )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line, a flag for each setting."""
+
+    def refuse(message: str) -> NoReturn:
+        raise RunError(message[:1000])
+
+    parser = argparse.ArgumentParser(
+        prog="generator.py",
+        usage="%(prog)s --start DATE --end DATE [--bucket NAME | --output-dir DIR] [options]",
+        description="Generate smart-meter readings and upload them to Google Cloud Storage.",
+        epilog="example: %(prog)s --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket",
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    for setting in fields(Run):
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        names = ["-v"] * (setting.name == "verbose") + [f"--{setting.name.replace('_', '-')}"]
+        if setting.metadata:
+            group.add_argument(*names, **setting.metadata)
+    return parser
+
+
 def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Return which share of the run this is, of how many, and who said so. Raises RunError on half an answer."""
+    """Return the task's index, the number of tasks, and who named it. Raises RunError."""
     index, count, source = args.task_index, args.task_count, "--task-index"
-    engine = next((names for names in ENGINES if names[0] in os.environ), None)
-    if engine and None in (index, count):
-        told = [os.environ.get(name, "0") for name in engine]
-        if not all(re.fullmatch("[0-9]{1,12}", value) for value in told):
-            raise RunError(f"{engine[0]} and its like are not numbers; give --task-index and --task-count instead")
+    scheduler = next((names for names in SCHEDULERS if names[0] in os.environ), None)
+    if scheduler and None in (index, count):
+        values = [os.environ.get(name, "0") for name in scheduler]
+        if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
+            raise RunError(f"{scheduler[0]} and its like are not numbers; give --task-index and --task-count")
         if index is None:
-            index, source = int(told[0]) - int(told[2]), engine[0]
-        count = count or int(told[1]) or None
+            index, source = int(values[0]) - int(values[2]), scheduler[0]
+        count = count or int(values[1]) or None
     if index is None and count is None:
         return 0, 1, ""
-    if index is None or count is None:
-        missing, there = ("--task-count", source) if count is None else ("--task-index", "--task-count")
-        raise RunError(f"{missing} is missing: {there} is there without it")
+    if None in (index, count):
+        half, other = ("count", source) if count is None else ("index", "--task-count")
+        raise RunError(f"--task-{half} is missing; {other} needs it")
     if not 0 <= index < count:
-        raise RunError(f"--task-index {index} (from {source}) must be from 0 to {count - 1}: --task-count is {count}")
+        raise RunError(f"task {index} (from {source}) is not from 0 to {count - 1}; --task-count is {count}")
     return index, count, source
 
 
-def plan(args: argparse.Namespace) -> Run:
-    """Turn parsed flags into a run. Raises RunError where they do not go together."""
+def read_settings(argv: Sequence[str] | None) -> Run:
+    """Turn the command line into the settings of a run. Raises RunError if flags do not fit."""
+    args = build_parser().parse_args(argv)
     if args.end < args.start:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
     if DAY_SECONDS % args.interval:
-        raise RunError(f"--interval {args.interval} does not divide a day of {DAY_SECONDS:,} s; take 1, 10, 60 or 900")
-    exclusive = [("resume", "verify"), *((flag, "output_dir") for flag in ("bucket", "max_disk", "rps_limit"))]
-    for flag, other in exclusive:
-        if getattr(args, flag) and getattr(args, other) not in (None, False):
-            raise RunError(f"--{flag} and --{other} exclude each other; drop one".replace("_", "-"))
+        raise RunError(f"--interval {args.interval} does not divide a day; take 1, 10, 60 or 900")
+    pairs = [("resume", "verify"), ("bucket", "output_dir"), ("max_disk", "output_dir"), ("rps_limit", "output_dir")]
+    for one, other in pairs:
+        if getattr(args, one) and getattr(args, other) not in (None, False):
+            raise RunError(f"--{one} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
-    values = vars(args).copy()
-    values["bucket"] = None if args.output_dir is not None else args.bucket or DEFAULT_BUCKET
-    values["directory"] = args.temp_dir if values["bucket"] else args.output_dir
-    values["task_index"], values["task_count"], values["task_source"] = find_task(args)
-    run = Run(**{known.name: values[known.name] for known in fields(Run)})
-    if args.max_disk is not None and not args.verify and args.max_disk < run.file_disk:
-        raise RunError(f"--max-disk {args.max_disk:,} has no room for one file; that takes {run.file_disk:,} bytes")
-    return run
+    if args.output_dir is None:
+        args.bucket = args.bucket or DEFAULT_BUCKET
+    args.task_index, args.task_count, args.task_source = find_task(args)
+    return Run(**vars(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", message=r".*\bPython\b")  # packages that lament an old Python
+    stop = handle_signals()
     try:
-        args = build_parser().parse_args(argv)
-        line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if args.verbose else ""
-        logging.basicConfig(format=f"{ERASE if on_terminal() else ''}{line}%(message)s", level=logging.CRITICAL)
-        log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
-        run = plan(args)
-        if args.dry_run:
-            describe_plan(run)
+        run = read_settings(argv)
+        handler = logging.Handler()
+        handler.emit = lambda entry: say(handler.format(entry))
+        line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if run.verbose else ""
+        logging.basicConfig(format=f"{line}%(message)s", level=logging.CRITICAL, handlers=[handler])
+        logging.captureWarnings(True)  # that packages give, for instance of an old Python
+        log.setLevel(logging.DEBUG if run.verbose else logging.WARNING)
+        plan = make_plan(run)
+        if run.dry_run:
+            describe_plan(run, plan)
             return 0
-        credentials = find_credentials() if run.bucket else None
-        idle = run.verify or not run.slices
-        with contextlib.nullcontext((run, None)) if idle else claim_directory(run) as (claimed, turns):
-            describe_plan(run)
-            return execute(claimed, credentials, turns, Progress(run, args.json))
+        credentials = find_credentials(run, stop) if run.bucket else None
+        is_idle = run.verify or not plan.slices
+        with contextlib.ExitStack() as stack:
+            folder = str(run.output_dir) if is_idle else claim_directory(run, plan, stack)
+            describe_plan(run, plan)
+            progress = Progress(run, plan)
+            sender = Sender(run, stop, credentials, progress.started)
+            work = functools.partial(run_slice, run, plan, folder, sender)
+            for result in work(plan.slices[0]) if len(plan.slices) == 1 else run_processes(run, plan, work, stop):
+                progress.add(result)
+            if run.bucket and not is_idle:
+                left = [path.lstat().st_size for path in Path(folder).rglob("*.ndjson*")]
+                progress.add(Result(files_left=len(left), bytes_left=sum(left)))
+            return print_report(run, progress.record(max(0, stop.value)))
     except RunError as error:
-        say(f"generator.py: error: {error}")
-        return error.status
+        say(f"generator.py: error: {error.args[0]}")
+        return 128 + stop.value if stop.value > 0 else (*error.args, 2)[1]
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except KeyboardInterrupt:
-        say("stopped by SIGINT")
-        raise SystemExit(128 + signal.SIGINT) from None
+    raise SystemExit(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,37 +19,58 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-from server import Server
+from server import Request, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+DAY = ("--start", "2024-01-01", "--end", "2024-01-01")
+SPOOL = f".wattif-{os.getuid()}"  # below the temp directory
 DAYS = ("--start", "2024-01-01", "--end", "2024-01-02")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a machine without an account and outside of any engine."""
-    drop = ("GOOGLE_", "STORAGE_", "CLOUDSDK_", "BATCH_TASK_", "CLOUD_RUN_", "JOB_COMPLETION_", "SLURM_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
-    return {**kept, "NO_GCE_CHECK": "true", "HOME": "/nonexistent", "COLUMNS": "80", **more}
+    """Return the environment of a machine without an account; of the caller's it has only the path."""
+    clean = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LANG": "C.UTF-8", "COLUMNS": "80"}
+    return {**clean, "NO_GCE_CHECK": "true", **more}
 
 
-def start(*args: Any, prefix: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
-    command = [*prefix, sys.executable, str(ROOT / "generator.py"), *map(str, args)]
+class Process(subprocess.Popen):
+    """A process that is killed if the test that started it fails, so that none is left behind."""
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        if kind:
+            self.kill()
+        super().__exit__(kind, value, traceback)
+
+
+def start(*args: Any, prefix: Sequence[str] = (), patch: str = "", **env: str) -> Process:
+    """Start the command line in a process of its own, where `patch` is run before it."""
+    script = [str(ROOT / "generator.py")]
+    if patch:
+        script = ["-c", f"import generator; {patch}; raise SystemExit(generator.main())"]
+        env["PYTHONPATH"] = str(ROOT)
+    command = [*prefix, sys.executable, *script, *map(str, args)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment(**env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
-    )
+    return Process(command, env=environment(**env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
 
 
-def wattif(*args: Any, prefix: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
+def wattif(*args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line and wait for its end."""
-    with start(*args, prefix=prefix, **env) as process:
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
+    with start(*args, **more) as process:
+        out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def begin(server: Server, temp_dir: Path, *flags: Any, **more: Any) -> Process:
+    """Start an upload that is still under way after its first objects."""
+    bucket = ("--bucket", "a-bucket", "--temp-dir", temp_dir)
+    process = start(*bucket, *flags, STORAGE_EMULATOR_HOST=server.url, **more)
+    try:
+        until(lambda: len(server.objects) > 15)
+    except BaseException:
+        process.kill()
+        raise
+    return process
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
@@ -67,6 +90,11 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
+def gone(pids: Sequence[int]) -> bool:
+    """Say whether none of some processes is left."""
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def files_below(directory: Path) -> dict[str, bytes]:
     """Read every file below a directory, by its path within."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if not p.is_dir()}
@@ -80,6 +108,62 @@ def disk_use(temp_dir: Path) -> int:
             status = path.lstat()
             used[status.st_ino] = status.st_blocks * 512
     return sum(used.values())
+
+
+def spool(temp_dir: Path) -> list[Path]:
+    """What lies in a temp directory, but for directories."""
+    return [path for path in temp_dir.rglob("*") if not path.is_dir()]
+
+
+def refused(done: Any, flag: str) -> None:
+    """Assert that a run was refused before any work, in one line that names the flag."""
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"generator\.py: error: [^\n\x1b]+\n", done.stderr), done.stderr
+    assert flag in done.stderr and len(done.stderr) < 1100
+
+
+def planned(report: str, what: str) -> int:
+    """Return a number of the plan: the first in the line that begins with a word."""
+    return int(re.search(rf"^{what} +(?:at most )?([\d,]+)", report, re.M)[1].replace(",", ""))
+
+
+KEYS = {  # of the report for programs
+    **dict.fromkeys(["mode", "destination"], str),
+    **dict.fromkeys(
+        ["exit_status", "readings", "bytes", "mean_bytes_per_second", "peak_bytes_per_second", "unanswered_requests"],
+        int,
+    ),
+    **dict.fromkeys([f"objects_{kind}" for kind in ("planned", "done", "skipped", "failed")], int),
+    **dict.fromkeys([f"objects_{kind}" for kind in ("missing", "different", "unexpected", "unchecked")], int),
+    **dict.fromkeys(["throttled_answers", "retries", "throughput_slot_seconds", "files_left", "bytes_left"], int),
+    **dict.fromkeys(["elapsed_seconds", "mean_objects_per_second", "peak_objects_per_second"], float),
+    **dict.fromkeys([f"latency_{q}_seconds" for q in ("p50", "p95", "p99", "max")], float),
+    "error": (str, type(None)),
+    "failures": list,
+    "answers": dict,
+    "throughput_bytes": list,
+}
+
+
+def report(done: Any) -> dict[str, Any]:
+    """Parse the line of JSON, which has the documented keys and types and nothing else."""
+    assert done.stdout.count("\n") == 1, done.stderr
+    parsed = json.loads(done.stdout)
+    assert set(parsed) == set(KEYS)
+    assert all(isinstance(parsed[key], kind) for key, kind in KEYS.items()), parsed
+    assert parsed["peak_objects_per_second"] >= parsed["mean_objects_per_second"]
+    return parsed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB, where this machine lets a test mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes privileges")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture
@@ -96,10 +180,13 @@ def expected(tmp_path: Path) -> Any:
 
 
 def upload(server: Server, *args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line against a server, which must find nothing wrong with any request."""
-    done = wattif("--bucket", "a-bucket", *args, STORAGE_EMULATOR_HOST=server.url, **more)
-    assert not server.problems
-    return done
+    """Run the command line against a server."""
+    return wattif("--bucket", "a-bucket", *args, STORAGE_EMULATOR_HOST=server.url, **more)
+
+
+def listings(server: Server) -> list[Request]:
+    """The requests that list."""
+    return [request for request in server.requests if request.method == "GET" and request.path.endswith("/o")]
 
 
 def contents(server: Server) -> dict[str, bytes]:
@@ -144,7 +231,8 @@ def emulator_url() -> Iterator[str]:
         "-M",
         "-q",
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet) as process:
         try:
             deadline = time.monotonic() + 30
             while True:

@@ -1,15 +1,18 @@
-"""The command line: the help page, the plan, and one line for every bad input."""
+"""The command line: the help page, and one line for every bad input."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING, fields
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conftest import DAYS, files_below, wattif
+import generator
+from conftest import DAYS, refused, wattif
 
+SMALL = (*DAYS, "--interval", "3600")
 BAD_FLAGS = [
     (("--start", "2024-02-30", "--end", "2024-03-01"), "--start"),
     (("--start", "01.02.2024", "--end", "2024-03-01"), "--start"),
@@ -61,29 +64,10 @@ BAD_FLAGS = [
 ]
 
 
-def refused(done: Any, flag: str) -> None:
-    """Assert that a run was refused before any work, in one line that names the flag."""
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"generator\.py: error: [^\n\x1b]+\n", done.stderr), done.stderr
-    assert flag in done.stderr and len(done.stderr) < 1100
-
-
 @pytest.mark.parametrize(("flags", "named"), BAD_FLAGS)
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, flags: tuple[str, ...], named: str) -> None:
     done = wattif("--temp-dir", tmp_path / "temp", *flags, STORAGE_EMULATOR_HOST="http://127.0.0.1:1")
     refused(done, named)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_temp_dir_that_cannot_be_is_refused() -> None:
-    for directory in ("/dev/null/temp", "/proc/temp", ""):
-        refused(wattif(*DAYS, "--temp-dir", directory, STORAGE_EMULATOR_HOST="http://127.0.0.1:1"), "--temp-dir")
-
-
-def test_too_little_free_disk_is_refused(tmp_path: Path) -> None:
-    refused(wattif(*DAYS, "--meters", 10**9, "--output-dir", tmp_path), "--output-dir")
-    flags = ("--meters", 10**9, "--batch-size", 100_000, "--upload-workers", 1000, "--temp-dir", tmp_path)
-    refused(wattif(*DAYS, *flags, STORAGE_EMULATOR_HOST="http://127.0.0.1:1"), "--temp-dir")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,33 +86,68 @@ def test_an_emulator_that_cannot_be_is_refused(tmp_path: Path, host: str) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
-    flags = ("--start", "2024-01-01", "--end", "2024-01-31", "--temp-dir", tmp_path / "temp", "--processes", 1)
-    done = wattif(*flags, "--dry-run")
-    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
-    for fact in (
-        "2024-01-01 to 2024-01-31",
-        "1,000, a reading every 10 s, seed 0",
-        "267,840,000",
-        "31,000 of 682,560 bytes",
-        "21,159,360,000 (21.2 GB)",
-        "at most 207,667,200 bytes (208 MB)",
-        "gs://smart-meter-fake-data-t/dt=YYYY-MM-DD/",
-    ):
-        assert fact in done.stderr
-
-
-def test_the_plan_of_a_run_that_stays_here_is_exact(tmp_path: Path) -> None:
-    done = wattif(*DAYS, "--meters", 3, "--interval", 900, "--output-dir", tmp_path)
-    total = sum(map(len, files_below(tmp_path).values()))
-    assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 8192 + 2 * 4096:,} bytes" in done.stderr
-    assert "6 objects, 576 readings, 45.5 kB" in done.stderr
-
-
 def test_help_names_every_flag_with_its_default() -> None:
-    page = wattif("--help").stdout
-    for flag in ("--start", "--end", "--bucket", "--output-dir", "--temp-dir", "--dry-run", "-v, --verbose"):
-        assert flag in page
-    for default in ("smart-meter-fake-data-t", "/mnt/sm-disk/", "1,000", "(default:\n                        10)"):
+    page = wattif("--help", COLUMNS="500").stdout  # so that no line is broken
+    for setting in fields(generator.Run):
+        if setting.metadata:
+            name = f"--{setting.name.replace('_', '-')}"
+            (line,) = re.findall(rf"^ +(?:-v, )?{name} .*(?:\n {{20,}}.*)?$", page, re.M)
+            assert setting.default in (None, False, MISSING) or f"(default: {setting.default})" in line
+    for default in ("smart-meter-fake-data-t", "/mnt/sm-disk/", "1000", "(default: none)"):
         assert default in page
     assert "example:" in page and "SECONDS" in page
+    assert all(len(line) <= 120 for line in wattif("--help").stdout.splitlines())
+
+
+def test_today_and_yesterday_are_utc_days() -> None:
+    before = datetime.now(timezone.utc).date()
+    done = wattif("--start", "yesterday", "--end", "today", "--dry-run")
+    after = datetime.now(timezone.utc).date()
+    plans = [f"days         {today - timedelta(days=1)} to {today}\n" for today in (before, after)]
+    assert done.returncode == 0 and any(plan in done.stderr for plan in plans)
+    done = wattif("--start", "today", "--end", "yesterday", "--dry-run")
+    assert done.returncode == 2 and "--end" in done.stderr
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    for rate in ("0", "-1", "x", "1e3", "inf", "nan"):
+        done = wattif(*DAYS, "--rps-limit", rate, "--dry-run")
+        assert done.returncode == 2 and "--rps-limit" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "source"),
+    [
+        ({"BATCH_TASK_INDEX": "2", "BATCH_TASK_COUNT": "4"}, (), "BATCH_TASK_INDEX"),
+        ({"CLOUD_RUN_TASK_INDEX": "2", "CLOUD_RUN_TASK_COUNT": "4"}, (), "CLOUD_RUN_TASK_INDEX"),
+        ({"JOB_COMPLETION_INDEX": "2"}, ("--task-count", 4), "JOB_COMPLETION_INDEX"),
+        (
+            {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"},
+            (),
+            "SLURM_ARRAY_TASK_ID",
+        ),
+        ({"BATCH_TASK_INDEX": "9", "BATCH_TASK_COUNT": "9"}, ("--task-index", 2, "--task-count", 4), "--task-index"),
+    ],
+)
+def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, source: str) -> None:
+    done = wattif(*SMALL, "--meters", 10, "--dry-run", *flags, **env)
+    assert done.returncode == 0 and f"task         2 of 4 (from {source})" in done.stderr
+    assert "objects      4 of" in done.stderr  # files 5 and 6 of ten, on two days
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "named"),
+    [
+        ({}, ("--task-index", 1), "--task-count"),
+        ({}, ("--task-count", 2), "--task-index"),
+        ({}, ("--task-index", 2, "--task-count", 2), "--task-index"),
+        ({}, ("--task-index", -1, "--task-count", 2), "--task-index"),
+        ({}, ("--task-index", 0, "--task-count", 0), "--task-count"),
+        ({"JOB_COMPLETION_INDEX": "1"}, (), "--task-count"),
+        ({"BATCH_TASK_INDEX": "one", "BATCH_TASK_COUNT": "2"}, (), "BATCH_TASK_INDEX"),
+        ({"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "5"}, (), "SLURM"),
+    ],
+)
+def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -> None:
+    done = wattif(*SMALL, "--dry-run", *flags, **env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
