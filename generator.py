@@ -6,14 +6,21 @@
 """Fill a Google Cloud Storage bucket with synthetic smart-meter readings.
 
 A meter's day is one NDJSON object, gs://BUCKET/dt=YYYY-MM-DD/<meter_id>.ndjson, a row every 10 s.
-Keep the files; upload them from this machine; upload them from ten machines, this is the first:
+Keep the files, or upload them:
 
     python generator.py --start 2024-01-01 --end 2024-01-01 --meters 20 --output-dir readings
     python generator.py --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket
-    python generator.py --start 2024-01-01 --end 2024-01-31 --task-index 0 --task-count 10
 """
 
 from __future__ import annotations
+
+import os
+import signal
+
+if __name__ == "__main__":  # a signal ends the run during the imports, too, and as process 1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import base64
@@ -29,11 +36,10 @@ import logging
 import math
 import mmap
 import multiprocessing.connection
-import os
 import random
 import re
+import resource
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -53,10 +59,10 @@ from bloom_filter import BloomFilter
 
 log = logging.getLogger("wattif")
 
-# A run makes a file, in the bucket an object, for each meter and day, or for some meters. Its place is
-# its position among those of the day. A task is one machine's share of a run, a slice one process's
-# share of a task: a range of places. A batch goes to the transfer manager in one call; its files wait
-# in the spool. Results say what became of files and requests, and add up to the record of the run.
+# A run makes a file, in the bucket an object, for each meter and day, or for some meters; its place
+# is its position among those of the day. A task is one machine's share of a run, a slice a process's
+# share of a task: a range of places. A batch goes to the transfer manager in one call; its files
+# wait in the spool. Results say what became of files and requests, and add up to the run's record.
 
 # --- Constants; down to UNEVEN_BYTES they are the data contract, which pipelines rely on. ---------
 
@@ -76,6 +82,7 @@ DIGIT_TABLES = tuple(bytes(ord("0") + byte % base for byte in range(256)) for ba
 UNEVEN_BYTES = tuple(bytes(range(256 - 256 % base, 256)) for base in (9, 10, 10))
 
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
 PARTIAL = re.compile(r"\.[0-9a-f]+\.part")  # the name of a file that is being written
 DISK_BLOCK = 4096  # bytes; what a file system rounds a file up to, and what a directory takes
@@ -103,17 +110,18 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     (r"objects\.(list|get)\b", "grant roles/storage.objectViewer on gs://{bucket}"),
     ("HTTP 403", "grant roles/storage.objectUser on gs://{bucket}"),
     ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
-    ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of the proxy, if there is one"),
+    ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of your proxy"),
     ("407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
     (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
 )
 MAX_DIFFERENCES = 20  # listed by each process of --verify; the rest are only counted
 LOG_SECONDS = 30  # between progress lines where there is no terminal
+GRACE_SECONDS = 20  # that a signal leaves to what is under way
 FAILED = -1  # what stops a run if no signal does: otherwise it is the signal's number
 
 
 class RunError(Exception):
-    """A run cannot begin: one line that says what to do, and the exit status, 2 if there is none."""
+    """A run cannot begin: one line that says what to do, and the exit status if it is not 2."""
 
 
 class OddAnswer(OSError):
@@ -202,10 +210,10 @@ class Run:
     task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
     task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
     task_source: str = ""  # the flag or the scheduler's variable that named the task, if any
-    temp_dir: str = flag("where files wait for their upload", DEFAULT_TEMP_DIR, "DIR", str)
+    temp_dir: str = flag(f"where files wait (default: {DEFAULT_TEMP_DIR} or the system's)", None, "DIR", str)
     max_disk: int | None = flag("limit for them, as 20GB (default: none)", None, "SIZE", parse_size)
     batch_size: int = flag("files per call of the transfer manager", 100, "N", (1, 100_000))
-    processes: int = flag("worker processes", len(os.sched_getaffinity(0)), "N", (1, 1024))
+    processes: int = flag("worker processes (default: the cores allowed)", None, "N", (1, 1024))
     write_workers: int = flag("threads per process that generate files", 1, "N", (1, 1024))
     upload_workers: int = flag("batches that a process uploads at once", 2, "N", (1, 1024))
     transfer_workers: int = flag("uploads at once in a batch: max_workers", 16, "N", (1, 1024))
@@ -242,13 +250,15 @@ def make_plan(run: Run) -> Plan:
     days = range(run.start.toordinal(), run.end.toordinal() + 1)
     day_files = -(-run.meters // run.meters_per_file)
     task_files = split(range(day_files), run.task_index, run.task_count)
+    largest = run.file_bytes(min(run.meters_per_file, run.meters))
     objects = len(days) * len(task_files)
     readings = len(days) * (DAY_SECONDS // run.interval) * len(run.meters_of(task_files))
-    blocks = -(-run.file_bytes(min(run.meters_per_file, run.meters)) // DISK_BLOCK)
-    file_disk = (blocks + 2 * bool(run.bucket)) * DISK_BLOCK  # and two directories
+    file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
+    if run.bucket and largest > 5 << 40:
+        raise RunError("an object has at most 5 TiB; lower --meters-per-file")
     if room < 2:
-        raise RunError(f"--max-disk has no room for two files; give at least {2 * file_disk:,} bytes")
+        raise RunError(f"--max-disk has no room for 2 files; give at least {2 * file_disk:,} bytes")
     # The disk holds pending batches, and failed files until they would outnumber a batch.
     processes = min(run.processes, len(task_files), room // 2)
     room //= max(1, processes)
@@ -307,11 +317,10 @@ def draw_slice(run: Run, plan: Plan, places: range, stop: ctypes.c_byte) -> Slic
     meters = run.meters_of(range(places.start, min(places.stop + 1, plan.day_files)))
     log.debug("drawing meters %d to %d", meters[0], meters[-1])
     addresses = array("Q")
-    for block in range(meters.start // BLOCK_METERS, -(-meters.stop // BLOCK_METERS)):
+    for first in range(meters.start - meters.start % BLOCK_METERS, meters.stop, BLOCK_METERS):
         if stop.value:
             raise CancelledError
-        first = block * BLOCK_METERS
-        drawn: Sequence[int] = draw_block(run.seed, block, min(BLOCK_METERS, run.meters - first))
+        drawn: Sequence[int] = draw_block(run.seed, first // BLOCK_METERS, min(BLOCK_METERS, run.meters - first))
         if run.meters_per_file == 1:  # a slice is a range of names
             drawn = sorted(drawn)
         addresses.extend(drawn[max(0, meters.start - first) : meters.stop - first])
@@ -373,11 +382,13 @@ def fatal_result(error: Exception, run: Run) -> Result:
     if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
         raise error
     hint = "; lower --meters or workers" if isinstance(error, (MemoryError, RuntimeError)) else ""
+    if getattr(error, "filename", None):
+        hint = "; see --temp-dir, --max-disk and --batch-size" if run.bucket else "; see --output-dir"
     return Result(f"cannot go on: {explain(error, run)}{hint}")
 
 
 def delivered(run: Run, file: File, is_new: bool = True) -> Result:
-    """Return the result of a file that is where it should be; it is new unless an answer counted it."""
+    """Return the result of a file that is where it should be, new unless an answer counted it."""
     size, readings = file.size or 0, (DAY_SECONDS // run.interval) * len(file.addresses)
     return Result(objects_done=1, readings=readings, bytes=size, arrived_objects=is_new, arrived_bytes=is_new * size)
 
@@ -456,13 +467,16 @@ def write_file(path: str, chunks: Iterable[Any], is_measured: bool) -> tuple[int
         with open(partial, "xb") as file:
             measured = measure(chunks, file.write) if is_measured else (sum(map(file.write, chunks)), None)
         os.rename(partial, path)
+    except OSError as error:
+        error.filename = path  # that of a write has none
+        raise
     finally:
         Path(partial).unlink(missing_ok=True)  # something has failed if it is there
     return measured
 
 
-def write_batch(run: Run, batch: Batch) -> list[File]:
-    """Write a batch; --verify only draws it. Returns the files with sizes and checksums."""
+def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
+    """Write a batch until a stop, --verify only draws it. Returns files, sizes, checksums."""
     template = render_day_template(batch.day, run.interval)
     meters = itertools.chain.from_iterable(file.addresses for file in batch.files)
     rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed)
@@ -470,6 +484,8 @@ def write_batch(run: Run, batch: Batch) -> list[File]:
     if not run.verify:
         os.makedirs(batch.folder, exist_ok=True)
     for file in batch.files:
+        if stop.value:
+            break
         chunks: Iterable[Any] = itertools.islice(rows, len(file.addresses))
         chunks = compress(chunks) if run.gzip else chunks
         path = os.path.join(batch.folder, file.name)
@@ -508,6 +524,8 @@ class Sender:
     counts: deque[Result] = field(default_factory=deque)  # since they were last taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
     thread: threading.local = field(default_factory=threading.local)  # about its last request
+    ticked: float = math.inf  # when the process last was seen to run, on the monotonic clock
+    halted: float = 0.0  # seconds in which it was stopped
     bucket: Any = None  # once it is open
 
     def retrying(self, request: Callable, is_upload: bool = False, is_again: bool = False) -> Any:
@@ -541,7 +559,7 @@ class Sender:
         with self.place() if is_upload else contextlib.nullcontext():
             if self.stop.value:
                 raise CancelledError
-            thread.began, thread.sending = time.monotonic(), 0.0
+            started, thread.began, thread.sending = self.clock(), time.monotonic(), 0.0
             thread.due = thread.began + MAX_WAIT_SECONDS  # for a token
             thread.is_between_chunks = False
             try:
@@ -554,7 +572,7 @@ class Sender:
                     raise FileExistsError from error  # an earlier try has stored the object
                 raise
             finally:
-                thread.spare -= max(0.0, time.monotonic() - thread.began - thread.sending)
+                thread.spare -= max(0.0, self.clock() - started - thread.sending)
             self.given_up = 0
         return response
 
@@ -582,9 +600,8 @@ class Sender:
                 self.changed.notify(2)
 
     def adjust(self, timed_out: bool) -> None:
-        """Halve the number of uploads under way after a timeout, raise it after a quick answer."""
-        # As TCP does, with slow start and congestion avoidance: RFC 5681. What takes over a quarter
-        # of the seconds it is allowed is not quick: it would time out if there were many more.
+        """Halve the uploads under way on a timeout, raise them on a quick answer: see RFC 5681."""
+        # Over a quarter of the time it may take is not quick: with many more it would time out.
         most = self.run.upload_workers * self.run.transfer_workers
         now, began = time.monotonic(), self.thread.began
         with self.changed:
@@ -592,6 +609,14 @@ class Sender:
                 self.limit, self.narrowed = max(1.0, self.limit / 2), now
             elif not timed_out and now - began < self.thread.allowed / 4:
                 self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
+
+    def clock(self) -> float:
+        """Return the monotonic clock without the seconds in which this process was stopped."""
+        with self.changed:
+            now = time.monotonic()
+            if now - self.ticked > 1:  # there is a tick ten times a second
+                self.halted, self.ticked = self.halted + now - self.ticked, now
+            return now - self.halted
 
     def wait_until(self, due: float) -> None:
         """Wait until a time of the monotonic clock, or until the run stops."""
@@ -611,13 +636,8 @@ class Sender:
         """Read a response that must be whole in time, which each byte would have otherwise."""
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, getattr(self.thread, "due", time.monotonic() + MAX_WAIT_SECONDS)
-        read = raw.readinto
-
-        def read_in_time(buffer: Any) -> int | None:
-            sock.settimeout(max(due - time.monotonic(), 1e-3))
-            return read(buffer)
-
-        raw.readinto = read_in_time
+        read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
+        raw.readinto = lambda buffer: sock.settimeout(left()) or read(buffer)
         return response
 
     def on_response(self, response: Any, **_: Any) -> None:
@@ -658,7 +678,7 @@ def find_credentials(run: Run, stop: ctypes.c_byte) -> Any:
         run = replace(run, retry_timeout=1)
     try:  # again, as the metadata server of a VM that has just started may not be up yet
         return Sender(run, stop, None, 0.0).retrying(google.auth.default)()[0]
-    except (google.auth.exceptions.GoogleAuthError, OSError, ValueError, AttributeError, CancelledError) as error:
+    except (google.auth.exceptions.GoogleAuthError, OSError, ValueError, AttributeError) as error:
         raise RunError(f"--bucket needs credentials ({explain(error)}): {LOG_IN}") from None
 
 
@@ -690,7 +710,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
         return [delivered(run, file) for file in files]
     from google.cloud.storage import transfer_manager
 
-    blobs, errors, results = {}, {}, []  # the first two by path
+    blobs, errors = {}, {}  # by path
     for file in files:
         blob = sender.bucket.blob(f"dt={batch.day}/{file.name}", UPLOAD_CHUNK_BYTES)
         blob.crc32c = file.checksum  # the service compares, not the library
@@ -703,14 +723,12 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
         options = {"content_type": content_type, "checksum": None, "retry": retry}
         pairs = [(path, blobs[path]) for path in paths]
         errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
-    for file, path in zip(files, blobs):
-        result = check_upload(run, sender, file, path, blobs[path], errors[path])
-        try:
-            if not result.objects_failed:
-                Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
-        except OSError as error:
-            result += fatal_result(error, run)
-        results.append(result)
+    results = [check_upload(run, sender, *end) for end in zip(files, blobs, blobs.values(), errors.values())]
+    try:
+        for path in itertools.compress(blobs, (not result.objects_failed for result in results)):
+            Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
+    except OSError as error:
+        results.append(fatal_result(error, run))
     remove_if_empty(batch.folder)
     log.debug("%s: uploaded %d of %d files", batch.day, sum(result.objects_done for result in results), len(files))
     return results
@@ -725,7 +743,7 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
         try:
             error = blob.reload(retry=sender.retrying)
         except Exception as failure:
-            is_readable = not explain(failure).startswith("HTTP 403")  # for a role that may only create
+            is_readable = not explain(failure).startswith("HTTP 403")  # the role may only create
             error = failure if is_readable else None
     size, checksum = sender.stored.pop(blob.name, (0, None))
     reason = explain(error, run).replace(blob.name, "…") if error else ""
@@ -882,6 +900,7 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
             part = draw_slice(run, plan, places, sender.stop)
             keep_freed_memory()  # but not that of the drawing; before there is a thread
             sender.bucket = open_bucket(run, sender) if run.bucket else None
+            sender.ticked = time.monotonic()
             batches = plan_batches(run, plan, part, folder, sender)
             while True:
                 planned = plan_executor.submit(next, batches, None)
@@ -890,7 +909,7 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
                 batch = planned.result()
                 if batch is None or sender.stop.value:
                     break
-                written = write_executor.submit(write_batch, run, batch)
+                written = write_executor.submit(write_batch, run, batch, sender.stop)
                 finish = verify_batch if run.verify else upload_batch
                 pending.append(upload_executor.submit(finish, run, sender, batch, written))
                 while pending and run.bucket and not (run.verify or sender.accepted):  # the first
@@ -923,6 +942,7 @@ def run_slice(run: Run, plan: Plan, folder: str, sender: Sender, places: range) 
     failed = listed = 0
     last = [Result()]  # with what was counted since the end of the last batch
     for result in itertools.chain(run_batches(run, plan, places, folder, sender), last):
+        sender.ticked = sender.clock() + sender.halted  # now
         for _ in range(len(sender.counts)):  # other threads go on counting
             result += sender.counts.popleft()
         failed += result.objects_failed
@@ -961,7 +981,8 @@ def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
     except BlockingIOError:
         raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
     except OSError as error:
-        raise RunError(f"{which} cannot be written: {error.strerror or error}; name one of yours") from None
+        cause = f"{error.filename or directory}: {error.strerror or error}"
+        raise RunError(f"{which} cannot be written: {cause}; name another") from None
     if free < needed:
         raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; lower --meters or --batch-size")
     return directory
@@ -975,17 +996,53 @@ def lock_spool(spool: str, stack: contextlib.ExitStack) -> str:
     stack.callback(os.close, lock)
     if os.fstat(lock).st_uid != os.getuid():
         raise RunError(f"--temp-dir: {spool} belongs to another user; name a directory of yours")
+    os.fchmod(lock, 0o700)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
     stack.callback(remove_if_empty, spool)
-    for left in os.scandir(spool):
-        log.warning("deleting %s, which an earlier run left", left.path)
-        (shutil.rmtree if left.is_dir(follow_symlinks=False) else os.unlink)(left.path)
+    for left in os.scandir(lock):
+        log.warning("deleting %s/%s, which an earlier run left", spool, left.name)
+        path = f"/proc/self/fd/{lock}/{left.name}"  # even if another directory has taken its place
+        (shutil.rmtree if left.is_dir(follow_symlinks=False) else os.unlink)(path)
     return spool
+
+
+def read_groups(version_1: str, *names: str) -> Iterator[list[int]]:
+    """Yield the numbers in files of each control group that holds this process: see cgroups(7)."""
+    groups = Path("/proc/self/cgroup")
+    for path in re.findall("^[^:]*:[^:]*:/(.*)", groups.read_text() if groups.exists() else "", re.M):
+        group = CONTROL_GROUPS / version_1 / path
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                yield [int(word) for name in names for word in (folder / name).read_text().split()]
+
+
+def count_cores() -> int:
+    """Return the cores that affinity and the quotas of control groups leave to this process."""
+    quotas = [*read_groups("", "cpu.max"), *read_groups("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    allowed = [-(-quota // period) for quota, period in quotas if quota > 0]
+    return min([len(os.sched_getaffinity(0)), *allowed])
+
+
+def check_machine(run: Run, plan: Plan) -> None:
+    """See that memory holds the fleet, and raise the limit of open files. Raises RunError."""
+    limits = [*read_groups("", "memory.max"), *read_groups("memory", "memory.limit_in_bytes")]
+    memory = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *itertools.chain(*limits)])
+    # A process keeps 8 bytes a meter. While it sorts a block it has 40 more for each of its meters.
+    meters = plan.readings // len(plan.days) // (DAY_SECONDS // run.interval)
+    needed = 8 * meters + 48 * min(BLOCK_METERS, meters) * len(plan.slices)
+    if needed > memory:
+        raise RunError(f"memory has {in_bytes(memory)}, not {in_bytes(needed)}; lower --meters or --processes")
+    uploads = run.upload_workers * run.transfer_workers if run.bucket else 0
+    files = 50 + 2 * (uploads + len(plan.slices)) + run.write_workers  # a file and a connection
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if 0 <= most < files:
+        raise RunError(f"workers open {files:,} files, {most:,} are allowed; lower --transfer-workers")
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of finished uploads instead of mapping it anew: see mallopt(3)."""
-    trim_at, top_pad, mmap_from, arenas = (-1, 512 << 20), (-2, 16 << 20), (-3, 32 << 20), (-8, 1)
+    mmap_from, trim_at, top_pad, arenas = (-3, 32 << 20), (-1, 512 << 20), (-2, 16 << 20), (-8, 1)
     with contextlib.suppress(OSError, AttributeError):
         for option, value in (mmap_from, trim_at, top_pad, arenas):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
@@ -1015,7 +1072,7 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
             children[ours] = (places, child)
     except OSError as error:
         stop.value = stop.value or FAILED
-        yield Result(f"cannot start {len(plan.slices)} processes ({error.strerror}): lower --processes")
+        yield Result(f"cannot start {len(plan.slices)} processes: {error.strerror}; lower --processes")
     while children:
         yield Result()
         for ours in multiprocessing.connection.wait(list(children), TICK_SECONDS):
@@ -1030,20 +1087,24 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
 
 
 def handle_signals() -> ctypes.c_byte:
-    """Return the byte that stops a run. SIGINT and SIGTERM set it, a second one ends it at once."""
+    """Return the byte that stops a run. A signal sets it, a second one ends the run at once."""
     stop = ctypes.c_byte.from_buffer(mmap.mmap(-1, 1))  # in memory that all processes share
     parent = os.getpid()
 
     def handle(signum: int, _: Any) -> None:
         if os.getpid() != parent:  # which gets the signal too, or is meant to
             return
+        if signum == signal.SIGALRM:
+            raise KeyboardInterrupt  # out of whatever the run waits for
         if stop.value > 0:
             os._exit(128 + signum)
         stop.value = signum
+        signal.alarm(GRACE_SECONDS)
         say("stopping: what is under way is finished; another signal stops at once")
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handle)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handle)
     return stop
 
 
@@ -1119,10 +1180,11 @@ class Progress:
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is cut off."""
-        total, planned, elapsed = self.total, max(1, self.plan.objects), time.monotonic() - self.started
+        total, planned = self.total, max(1, self.plan.objects)
         handled = sum(self.objects) + total.objects_failed + total.objects_missing + total.objects_different
         done = min(handled + total.objects_skipped, planned)
-        left = timedelta(seconds=round(elapsed / handled * (planned - done))) if handled else "?"
+        pace = (time.monotonic() - self.started) / max(1, handled)  # seconds for each object
+        left = timedelta(seconds=round(pace * (planned - done))) if handled else "?"
         lately = self.bytes[-11:-1] or self.bytes  # the last ten whole seconds
         speed = in_bytes(sum(lately) / len(lately))
         bar = f"[{'#' * (20 * done // planned):.<20}]  " if width > 70 else ""
@@ -1130,7 +1192,7 @@ class Progress:
         return f"{line}  {total.retries:,} retries"[:width]
 
     def record(self, signum: int) -> dict[str, Any]:
-        """Return the report of a run that a signal, or none (0), stopped: see README."""
+        """Return the report of a run, which a signal may have stopped: see README."""
         run, total = self.run, self.total
         elapsed = max(time.monotonic() - self.started, 1e-3)
         incomplete = total.objects_done + total.objects_skipped != self.plan.objects
@@ -1140,7 +1202,7 @@ class Progress:
         return {
             "mode": "verify" if run.verify else "upload" if run.bucket else "write",
             "destination": f"gs://{run.bucket}" if run.bucket else run.output_dir,
-            "exit_status": 128 + signum if signum else status,
+            "exit_status": 128 + signum if signum > 0 and status else status,
             "objects_planned": self.plan.objects,
             **{name: value for name, value in vars(total).items() if not name.startswith(("latencies", "arrived"))},
             "failures": [*name_failures(total.failures, run.verify)],
@@ -1169,16 +1231,14 @@ def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator
 
 def percentile(latencies: Counter[int], share: float) -> float:
     """Return the seconds within which a share of the responses came, to 2.5%; 0 without any."""
-    wanted = share * sum(latencies.values())
-    for exponent in sorted(latencies):
-        wanted -= latencies[exponent]
-        if wanted <= 0:
-            return round(LATENCY_BASE**exponent, 6)
-    return 0.0
+    wanted, exponents = share * sum(latencies.values()), sorted(latencies)
+    reached = itertools.accumulate(latencies[exponent] for exponent in exponents)
+    within = (exponent for exponent, count in zip(exponents, reached) if count >= wanted)
+    return next((round(LATENCY_BASE**exponent, 6) for exponent in within), 0.0)
 
 
-def print_report(run: Run, record: dict[str, Any]) -> int:
-    """Tell people, and programs with --json, what became of the run. Returns the exit status."""
+def print_report(run: Run, record: dict[str, Any]) -> None:
+    """Tell people what became of the run."""
     again = "run it again" if run.verify else "run it again with --resume"
     for failure in record["failures"]:
         say(failure if run.verify else f"failed: {failure}")
@@ -1200,12 +1260,15 @@ def print_report(run: Run, record: dict[str, Any]) -> int:
         say(f"retries      {record['retries']:,}; {record['throttled_answers']:,} answers were 429 or 503")
         latencies = (f"{name} {1000 * record[f'latency_{name}_seconds']:,.0f} ms" for name in LATENCY_SHARES)
         say(f"latency      {', '.join(latencies)}")
+
+
+def print_json(record: dict[str, Any]) -> int:
+    """Print the record on standard output. Returns the exit status."""
     try:
-        if run.json:
-            with open(sys.stdout.fileno(), "w", closefd=False) as out:
-                print(orjson.dumps(record, option=orjson.OPT_NON_STR_KEYS).decode(), file=out)
+        with open(sys.stdout.fileno(), "w", closefd=False) as out:
+            print(orjson.dumps(record, option=orjson.OPT_NON_STR_KEYS).decode(), file=out)
     except (OSError, AttributeError) as error:  # it is None if it was closed
-        say(f"error: standard output cannot be written: {getattr(error, 'strerror', 'it is closed')}")
+        say(f"error: standard output cannot be written: {getattr(error, 'strerror', 'closed')}")
         return record["exit_status"] or 1
     return record["exit_status"]
 
@@ -1220,11 +1283,11 @@ GROUPS = {  # of the settings that begin with these
     "task_index": "many machines (default: from Cloud Batch, Cloud Run, Slurm or Kubernetes)",
     "temp_dir": "tuning",
 }
-SCHEDULERS = (  # their variables for a task's index, the number of tasks, and the first index
-    ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT", ""),  # Cloud Batch
-    ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT", ""),  # Cloud Run jobs
-    ("JOB_COMPLETION_INDEX", "", ""),  # Kubernetes Indexed Jobs, which do not say the count
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),  # Slurm job arrays
+SCHEDULERS = (  # their variables for a task's index, the number of tasks, and the range of an array
+    ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),  # Cloud Batch
+    ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),  # Cloud Run jobs
+    ("JOB_COMPLETION_INDEX", ""),  # Kubernetes Indexed Jobs, which do not say the count
+    tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "MAX", "STEP")),
 )
 
 
@@ -1259,9 +1322,15 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
         values = [os.environ.get(name, "0") for name in scheduler]
         if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
             raise RunError(f"{scheduler[0]} and its like are not numbers; give --task-index and --task-count")
+        task, tasks, *elements = map(int, values)
+        if elements and count is None:
+            first, last, step = elements
+            if tasks < 2 or first > 1 or (last - first) // max(1, step) + 1 != tasks:
+                raise RunError("this is a part of a Slurm array; give --task-count N and elements 0 to N - 1")
+            task = (task - first) // max(1, step)
         if index is None:
-            index, source = int(values[0]) - int(values[2]), scheduler[0]
-        count = count or int(values[1]) or None
+            index, source = task, scheduler[0]
+        count = count or tasks or None
     if index is None and count is None:
         return 0, 1, ""
     if None in (index, count):
@@ -1285,16 +1354,40 @@ def read_settings(argv: Sequence[str] | None) -> Run:
             raise RunError(f"--{one} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
-    if args.output_dir is None:
-        args.bucket = args.bucket or DEFAULT_BUCKET
+    args.bucket = args.bucket or (DEFAULT_BUCKET if args.output_dir is None else None)
+    if args.temp_dir is None:
+        args.temp_dir = DEFAULT_TEMP_DIR if os.path.isdir(DEFAULT_TEMP_DIR) else os.environ.get("TMPDIR") or "/tmp"
+    args.processes = args.processes or count_cores()
     args.task_index, args.task_count, args.task_source = find_task(args)
     return Run(**vars(args))
+
+
+def execute(run: Run, plan: Plan, stop: ctypes.c_byte, progress: Progress) -> None:
+    """Do what the plan says, and add up the results. Raises RunError if the run cannot begin."""
+    credentials = find_credentials(run, stop) if run.bucket else None
+    with contextlib.ExitStack() as stack:
+        is_idle = run.verify or not plan.slices
+        folder = str(run.output_dir) if is_idle else claim_directory(run, plan, stack)
+        describe_plan(run, plan)
+        sender = Sender(run, stop, credentials, progress.started)
+        work = functools.partial(run_slice, run, plan, folder, sender)
+        try:
+            for result in run_processes(run, plan, work, stop):
+                progress.add(result)
+        finally:
+            for child in multiprocessing.active_children():  # when the time after a signal is over
+                child.kill()
+                child.join()
+            paths = Path(folder).rglob("*") if run.bucket and not is_idle else ()
+            left = [path.lstat().st_size for path in paths if not path.is_dir()]
+            progress.add(Result(files_left=len(left), bytes_left=sum(left)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     stop = handle_signals()
+    progress = None
     try:
         run = read_settings(argv)
         handler = logging.Handler()
@@ -1304,26 +1397,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.captureWarnings(True)  # that packages give, for instance of an old Python
         log.setLevel(logging.DEBUG if run.verbose else logging.WARNING)
         plan = make_plan(run)
+        progress = Progress(run, plan)
+        check_machine(run, plan)
         if run.dry_run:
             describe_plan(run, plan)
             return 0
-        credentials = find_credentials(run, stop) if run.bucket else None
-        is_idle = run.verify or not plan.slices
-        with contextlib.ExitStack() as stack:
-            folder = str(run.output_dir) if is_idle else claim_directory(run, plan, stack)
-            describe_plan(run, plan)
-            progress = Progress(run, plan)
-            sender = Sender(run, stop, credentials, progress.started)
-            work = functools.partial(run_slice, run, plan, folder, sender)
-            for result in work(plan.slices[0]) if len(plan.slices) == 1 else run_processes(run, plan, work, stop):
-                progress.add(result)
-            if run.bucket and not is_idle:
-                left = [path.lstat().st_size for path in Path(folder).rglob("*.ndjson*")]
-                progress.add(Result(files_left=len(left), bytes_left=sum(left)))
-            return print_report(run, progress.record(max(0, stop.value)))
+        with contextlib.suppress(CancelledError, KeyboardInterrupt):  # a signal has ended it
+            execute(run, plan, stop, progress)
+        signal.alarm(0)
+        record = progress.record(stop.value)
+        print_report(run, record)
     except RunError as error:
         say(f"generator.py: error: {error.args[0]}")
-        return 128 + stop.value if stop.value > 0 else (*error.args, 2)[1]
+        status = 128 + stop.value if stop.value > 0 else (*error.args, 2)[1]
+        if progress is None:
+            return status
+        record = {**progress.record(0), "error": error.args[0], "exit_status": status}
+    return print_json(record) if run.json else record["exit_status"]
 
 
 if __name__ == "__main__":

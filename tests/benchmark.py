@@ -360,8 +360,8 @@ def throughput(form: Form, scratch: Path) -> None:
 def on_the_index(form: Form, scratch: Path) -> None:
     """Compare uploads in strides to uploads in the order of names, on the model of the bucket's index, by wall seconds.
 
-    Both have two processes, each with half of the names and as many uploads at once as is WattIf's default, and the
-    library's pauses before retries. There is one run of each, for it takes long. The objects are tiny.
+    Both have two processes, each with half of the names and as many uploads at once as is WattIf's default, and pauses
+    before retries that double up to a minute. There is one run of each, for it takes long. The objects are tiny.
     """
     count, at_once, ready = form.count(8000), 32, scratch / "tiny"
     tiny = [*RUN, "--interval", 86_400, "--meters", count, "--processes", 2]
@@ -392,7 +392,7 @@ def fleet(form: Form) -> None:
 
 
 def memory(form: Form, scratch: Path) -> None:
-    """Show what memory a run needs with few meters and with many.
+    """Show what memory the process of a slice needs with few meters and with many.
 
     It is read while the run goes on: what wait4 tells counts the memory of the benchmark, from which the run forked.
     """
@@ -406,7 +406,8 @@ def memory(form: Form, scratch: Path) -> None:
                 with start(command, subprocess.PIPE, STORAGE_EMULATOR_HOST=url) as process:
                     uploaded = (line for line in process.stderr if f"uploaded {batch} of {batch} files" in line)
                     assert len([*itertools.islice(uploaded, batches)]) == batches, "the run ended early"
-                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                    status = Path(f"/proc/{child}/status").read_text()
                     process.send_signal(signal.SIGINT)
                     process.stderr.read()
                     return int(status.split("VmHWM:")[1].split()[0]) * 1024

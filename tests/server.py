@@ -475,16 +475,15 @@ class TokenServer:
 
     A context manager. Each token is a new one and valid for `lifetime` seconds; the client library asks for the next
     one 225 s before its end, so with less than that before every request. `fault` is asked about each path; it
-    returns None, or a status or a Reply to answer. A test can let it come up late on a `port` that it knows.
+    returns None, a status or a Reply to answer, or "stall". A test can let it come up late on a `port` that it knows.
     """
 
-    def __init__(
-        self, lifetime: float = 3600, fault: Callable[[str], int | Reply | None] = lambda path: None, port: int = 0
-    ) -> None:
+    def __init__(self, lifetime: float = 3600, fault: Callable[[str], Any] = lambda path: None, port: int = 0) -> None:
         self.lifetime, self.fault = lifetime, fault
         self.paths: list[str] = []  # of the requests
         self.ends: dict[str, float] = {}  # by token
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self.server = TokenListener(("127.0.0.1", port), self.handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -493,6 +492,7 @@ class TokenServer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -541,6 +541,9 @@ class TokenServer:
                 with source.lock:
                     source.paths.append(path)
                 reply = source.fault(path) or source.route(path)
+                if reply == "stall":
+                    source.closing.wait()
+                    return
                 if isinstance(reply, int):
                     reply = refusal(reply, "scripted")
                 made = Connection.render(reply._replace(headers=f"{reply.headers}Metadata-Flavor: Google\r\n"))

@@ -115,17 +115,22 @@ def test_a_rate_that_is_none_is_refused() -> None:
         assert done.returncode == 2 and "--rps-limit" in done.stderr and done.stderr.count("\n") == 1
 
 
+def slurm(task: int, first: int, last: int, step: int, count: int) -> dict[str, str]:
+    """What Slurm tells a task of an array."""
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    return {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in zip(names, (task, first, last, step, count))}
+
+
 @pytest.mark.parametrize(
     ("env", "flags", "source"),
     [
         ({"BATCH_TASK_INDEX": "2", "BATCH_TASK_COUNT": "4"}, (), "BATCH_TASK_INDEX"),
         ({"CLOUD_RUN_TASK_INDEX": "2", "CLOUD_RUN_TASK_COUNT": "4"}, (), "CLOUD_RUN_TASK_INDEX"),
         ({"JOB_COMPLETION_INDEX": "2"}, ("--task-count", 4), "JOB_COMPLETION_INDEX"),
-        (
-            {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"},
-            (),
-            "SLURM_ARRAY_TASK_ID",
-        ),
+        (slurm(2, 0, 3, 1, 4), (), "SLURM_ARRAY_TASK_ID"),
+        (slurm(3, 1, 4, 1, 4), (), "SLURM_ARRAY_TASK_ID"),
+        (slurm(4, 0, 6, 2, 4), (), "SLURM_ARRAY_TASK_ID"),
+        (slurm(2, 2, 2, 1, 1), ("--task-count", 4), "SLURM_ARRAY_TASK_ID"),  # one element that is run again
         ({"BATCH_TASK_INDEX": "9", "BATCH_TASK_COUNT": "9"}, ("--task-index", 2, "--task-count", 4), "--task-index"),
     ],
 )
@@ -145,7 +150,13 @@ def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, sourc
         ({}, ("--task-index", 0, "--task-count", 0), "--task-count"),
         ({"JOB_COMPLETION_INDEX": "1"}, (), "--task-count"),
         ({"BATCH_TASK_INDEX": "one", "BATCH_TASK_COUNT": "2"}, (), "BATCH_TASK_INDEX"),
-        ({"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "5"}, (), "SLURM"),
+        (slurm(8, 0, 4, 1, 5), (), "SLURM"),
+        (slurm(7, 7, 7, 1, 1), (), "--task-count N"),
+        (slurm(0, 0, 0, 1, 1), (), "--task-count N"),
+        (slurm(7, 3, 7, 4, 2), (), "--task-count N"),
+        (slurm(7, 3, 7, 1, 2), (), "--task-count N"),
+        (slurm(0, 0, 7, 1, 2), (), "--task-count N"),
+        (slurm(7, 7, 7, 1, 1), ("--task-count", 4), "SLURM"),
     ],
 )
 def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import threading
 from pathlib import Path
@@ -40,8 +41,8 @@ def test_a_temp_dir_that_cannot_be_is_refused() -> None:
 
 
 def test_too_little_free_disk_is_refused(tmp_path: Path) -> None:
-    refused(wattif(*DAYS, "--meters", 10**9, "--output-dir", tmp_path), "--output-dir")
-    flags = ("--meters", 10**9, "--batch-size", 100_000, "--upload-workers", 1000, "--temp-dir", tmp_path)
+    refused(wattif(*DAYS, "--meters", 10**7, "--output-dir", tmp_path), "--output-dir")
+    flags = ("--meters", 10**7, "--batch-size", 100_000, "--upload-workers", 200, "--temp-dir", tmp_path)
     refused(wattif(*DAYS, *flags, STORAGE_EMULATOR_HOST="http://127.0.0.1:1"), "--temp-dir")
     assert list(tmp_path.iterdir()) == []
 
@@ -229,10 +230,18 @@ def test_children_do_not_outlive_the_parent(tmp_path: Path) -> None:
 
 
 def test_processes_that_cannot_be_started_end_the_run(tmp_path: Path) -> None:
+    patch = """
+real, number = generator.os.fork, generator.itertools.count()
+def fork():
+    if next(number) == 8:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real()
+generator.os.fork = fork
+None"""
     with Server(delay=0.02) as server:
         flags = (*SMALL, "--meters", 1000, "--processes", 12, "--temp-dir", tmp_path)
-        done = upload(server, *flags, prefix=("prlimit", "--nofile=22"))
-    assert done.returncode == 1 and "error: cannot start 12 processes (" in done.stderr
+        done = upload(server, *flags, patch=patch)
+    assert done.returncode == 1 and "error: cannot start 12 processes: Resource" in done.stderr
     assert "lower --processes" in done.stderr and len(server.objects) < 2000
 
 
@@ -361,3 +370,134 @@ def stands_still(server: Server) -> bool:
     before = len(server.requests)
     threading.Event().wait(1.0)
     return len(server.requests) == before
+
+
+def as_nobody() -> tuple[str, ...]:
+    """Return the beginning of a command line that runs as another user. Skips the test where none can run it."""
+    if os.getuid():
+        pytest.skip("running as another user takes privileges")
+    command = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    if wattif("--help", prefix=command).returncode:
+        pytest.skip("this directory, or Python, cannot be read by other users")
+    return command
+
+
+def test_two_users_share_a_temp_directory(expected: Callable[..., dict], tmp_path: Path) -> None:
+    nobody = as_nobody()
+    for folder in [tmp_path, *tmp_path.parents][:-2]:
+        folder.chmod(0o755)
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    temp.chmod(0o1777)
+    with Server(delay=0.05) as server:
+        with begin(server, temp, *SMALL) as mine:
+            modes = {path.name: path.stat().st_mode & 0o7777 for path in temp.iterdir()}
+            done = upload(server, *SMALL, "--temp-dir", temp, prefix=nobody)
+            assert done.returncode == 0, done.stderr
+            mine.communicate(timeout=60)
+    assert mine.returncode == 0 and modes == {SPOOL: 0o700}
+    assert contents(server) == expected(*SMALL) and not list(temp.iterdir())
+
+
+def test_a_spool_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SPOOL).touch()
+    with Server() as server:
+        refused(upload(server, *SMALL, "--temp-dir", tmp_path), str(tmp_path / SPOOL))
+
+
+def test_what_takes_the_place_of_the_spool_is_not_cleared(tmp_path: Path) -> None:
+    # Who may write to the directory above exchanges the spool when it has been locked.
+    mine, temp = tmp_path / "mine", tmp_path / "temp"
+    left = ("file", "folder/file")
+    for root in (mine, temp / SPOOL):
+        (root / "folder").mkdir(parents=True)
+        for name in left:
+            (root / name).write_text("mine")
+    patch = f"""
+def exchange(lock, flags):
+    import os
+    os.rename({str(temp / SPOOL)!r}, {str(temp / "aside")!r})
+    os.symlink({str(mine)!r}, {str(temp / SPOOL)!r})
+generator.fcntl.flock = exchange
+None"""
+    with Server() as server:
+        done = upload(server, *SMALL, "--temp-dir", temp, patch=patch)
+    assert "Traceback" not in done.stderr and "deleting" in done.stderr
+    assert {name: (mine / name).read_text() for name in left} == dict.fromkeys(left, "mine")
+    assert files_below(temp / "aside") == {}
+
+
+@pytest.mark.parametrize("kind", [(), ("--gzip",)])
+def test_a_disk_error_names_the_path_and_the_flags_that_help(tmp_path: Path, kind: tuple) -> None:
+    flags = (*DAY, "--meters", 5, "--processes", 1, *kind)
+    with Server() as server:
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp", prefix=("prlimit", "--fsize=20000"))
+        assert done.returncode == 1 and not server.objects and "Traceback" not in done.stderr
+    error = re.search(r"^error: cannot go on: .*File too large: '(.*)'; see (.*); fix that", done.stderr, re.M)
+    assert error[1].startswith(f"{tmp_path}/temp/{SPOOL}/") and error[2] == "--temp-dir, --max-disk and --batch-size"
+    assert not spool(tmp_path / "temp")
+    done = wattif(*flags, "--output-dir", tmp_path / "out", prefix=("prlimit", "--fsize=20000"))
+    assert done.returncode == 1 and "; see --output-dir; " in done.stderr and not spool(tmp_path / "out")
+
+
+def test_without_the_default_temp_directory_it_is_that_of_the_system(tmp_path: Path) -> None:
+    absent, system = tmp_path / "absent", tmp_path / "system"
+    system.mkdir()
+    patch = f"generator.DEFAULT_TEMP_DIR = {str(absent)!r}"
+    with Server() as server:
+        done = upload(server, *SMALL, patch=patch, TMPDIR=str(system))
+        assert done.returncode == 0 and f" at once in {system}\n" in done.stderr and not absent.exists()
+        absent.mkdir()
+        done = upload(server, *SMALL, patch=patch, TMPDIR=str(system))
+        assert done.returncode == 0 and f" at once in {absent}\n" in done.stderr
+    assert " at once in /tmp\n" in wattif(*SMALL, "--dry-run", patch="generator.DEFAULT_TEMP_DIR = '/no'").stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 4),
+        ({"cpu.max": "max 100000"}, 4),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "800000 100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_the_cores_are_those_that_affinity_and_quota_allow(tmp_path: Path, files: dict[str, str], cores: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    patch = (
+        f"generator.os.sched_getaffinity = lambda _: range(4); generator.CONTROL_GROUPS = generator.Path('{tmp_path}')"
+    )
+    done = wattif(*DAY, "--dry-run", patch=patch)
+    assert done.returncode == 0 and planned(done.stderr, "processes") == cores, done.stderr
+    assert planned(wattif(*DAY, "--dry-run", "--processes", 7, patch=patch).stderr, "processes") == 7
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_fleet_that_memory_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("1000000000\n")
+    patch = f"generator.CONTROL_GROUPS = generator.Path('{tmp_path}')"
+    flags = (*DAY, "--interval", 86_400, "--processes", 2, "--dry-run")
+    assert wattif(*flags, "--meters", 100_000_000, patch=patch).returncode == 0
+    refused(wattif(*flags, "--meters", 120_000_000, patch=patch), "--meters")
+    flags = (*flags, "--task-index", 1, "--task-count", 2)
+    assert wattif(*flags, "--meters", 200_000_000, patch=patch).returncode == 0
+
+
+def test_an_object_over_5_tib_is_refused() -> None:
+    flags = (*DAY, "--interval", 1, "--meters", 806_000, "--meters-per-file", 806_000, "--dry-run")
+    refused(wattif(*flags), "--meters-per-file")
+    assert wattif(*flags, "--meters", 805_000).returncode == 0
+
+
+def test_open_files_are_checked_and_their_limit_raised(tmp_path: Path) -> None:
+    flags = (*SMALL, "--processes", 2, "--temp-dir", tmp_path)
+    with Server() as server:
+        refused(upload(server, *flags, prefix=("prlimit", "--nofile=100:100")), "--transfer-workers")
+        done = upload(server, *flags, prefix=("prlimit", "--nofile=60:200"))
+    assert done.returncode == 0 and len(server.objects) == 120

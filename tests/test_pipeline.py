@@ -131,11 +131,13 @@ def test_resume_lists_a_day_before_its_first_upload(tmp_path: Path) -> None:
 
 def test_verbose_logs_each_batch(tmp_path: Path) -> None:
     with Server() as server:
-        done = upload(server, "--temp-dir", tmp_path, *SMALL, "--meters", 25, "--batch-size", 10, "-v")
-    uploaded = r"^[\d-]+ [\d:,]+ DEBUG MainProcess/upload_\d: 2024-01-0[12]: uploaded (\d+) of (\d+) files$"
+        done = upload(
+            server, "--temp-dir", tmp_path, *SMALL, "--meters", 25, "--batch-size", 10, "--processes", 1, "-v"
+        )
+    uploaded = r"^[\d-]+ [\d:,]+ DEBUG ForkProcess-1/upload_\d: 2024-01-0[12]: uploaded (\d+) of (\d+) files$"
     counts = [(int(done), int(whole)) for done, whole in re.findall(uploaded, done.stderr, re.M)]
     assert sorted(counts) == [(1, 1), *[(8, 8)] * 5, (9, 9)]
-    assert len(re.findall(r" MainProcess/write_0: 2024-01-0[12]: wrote \d+ files", done.stderr)) == 7
+    assert len(re.findall(r" ForkProcess-1/write_0: 2024-01-0[12]: wrote \d+ files", done.stderr)) == 7
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])

@@ -126,5 +126,5 @@ def test_large_files_make_smaller_batches(tmp_path: Path) -> None:
 
 def test_the_plan_of_many_processes_is_made_at_once() -> None:
     # Once per slice would be a million steps here, and 1,024 times that if each slice computed all of them.
-    done = wattif(*DAYS, "--meters", 10**6, "--processes", 1024, "--dry-run", prefix=("prlimit", "--cpu=20"))
+    done = wattif(*DAYS, "--meters", 20_000, "--processes", 1024, "--dry-run", prefix=("prlimit", "--cpu=20"))
     assert done.returncode == 0 and planned(done.stderr, "processes") == 1024

@@ -137,7 +137,7 @@ def test_json_reports_failed_and_interrupted_runs_too(tmp_path: Path) -> None:
         assert interrupted["objects_done"] == len(server.objects) < 300
 
 
-@pytest.mark.parametrize(("redirected", "reason"), [(">/dev/full", "No space"), (">&-", "it is closed")])
+@pytest.mark.parametrize(("redirected", "reason"), [(">/dev/full", "No space"), (">&-", "closed")])
 def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path, redirected: str, reason: str) -> None:
     shell = ("sh", "-c", f'exec "$@" {redirected}', "sh")
     done = wattif(*SMALL, "--output-dir", tmp_path, "--json", prefix=shell)
