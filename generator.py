@@ -94,7 +94,7 @@ LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the re
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wider than the one before
 SECRET = re.compile(r"(upload_id=|[Bb]earer |assertion=|ya29\.|eyJ)[^\s&'\"]+|-----BEGIN.*", re.DOTALL)
 TOKEN_REFUSED = "invalid_|unauthorized_|unsupported_|access_denied|deleted_|be refreshed|reauth"
-OVERWRITE = r"objects\.delete|retention|\bhold\b"  # in the words of a refusal
+OVERWRITE = r"objects\.delete'? (access|denied)|cannot be deleted"  # in a refusal; no name has spaces
 NO_NAME = "not known|name resolution|No address associated"
 LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|failed: 407|{NO_NAME}")  # no retry mends it
 LOG_IN = "run 'gcloud auth application-default login' or give the VM a service account"
@@ -126,6 +126,8 @@ class RunError(Exception):
 
 class OddAnswer(OSError):
     """An answer of the service is not what it should be: one line that says how."""
+
+    is_uncertain: bool | None = None  # after an upload: whether the object may be there
 
 
 @contextlib.contextmanager
@@ -504,6 +506,20 @@ def next_turn(elapsed: float, rate: float, last: int) -> int:
     return max(last + 1, math.ceil(elapsed * rate))
 
 
+class ThreadState(threading.local):
+    """What a thread knows of the request that it makes, and of its earlier tries."""
+
+    spare: float  # seconds that are left to it
+    began: float  # when the try did, on the monotonic clock, as all moments here
+    due: float  # when its answer must be there
+    allowed: float  # seconds from its sending to then
+    sending: float  # seconds of these that are for its bytes
+    is_between_chunks: bool = False  # of an object that has one budget
+    is_last_part: bool = False  # whether the object is whole with what is sent now
+    may_be_stored: bool = False  # whether this try may have stored the object
+    is_uncertain: bool = False  # whether an earlier one may have
+
+
 @dataclass
 class Sender:
     """Sends the requests of one process, uploads at their turn, and counts what is answered."""
@@ -523,23 +539,23 @@ class Sender:
     given_up: int = 0  # requests given up since one last succeeded
     counts: deque[Result] = field(default_factory=deque)  # since they were last taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
-    thread: threading.local = field(default_factory=threading.local)  # about its last request
+    thread: ThreadState = field(default_factory=ThreadState)
     ticked: float = math.inf  # when the process last was seen to run, on the monotonic clock
     halted: float = 0.0  # seconds in which it was stopped
     bucket: Any = None  # once it is open
 
-    def retrying(self, request: Callable, is_upload: bool = False, is_again: bool = False) -> Any:
+    def retrying(self, request: Callable, is_upload: bool = False, is_uncertain: bool = False) -> Any:
         """Return a function that makes a request, again if it fails: the library's retry."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         thread = self.thread
-        if not getattr(thread, "is_between_chunks", False):  # of an object with one budget
-            thread.spare, thread.is_retry = float(self.run.retry_timeout), is_again
+        if not thread.is_between_chunks:
+            thread.spare, thread.is_uncertain = float(self.run.retry_timeout), is_uncertain
         pauses = (random.uniform(0, min(2.0**n, MAX_WAIT_SECONDS)) for n in itertools.count(1))
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.
-            hopeless = not self.accepted and LASTING.search(explain(error))
+            hopeless = not self.accepted and LASTING.search(cause_of(error))
             if thread.spare <= 1 or self.given_up > 1 or hopeless:
                 self.given_up += 1
                 raise error
@@ -547,7 +563,6 @@ class Sender:
             thread.spare -= pause
             self.wait_until(time.monotonic() + pause)
             self.counts.append(Result(retries=int(not self.stop.value)))
-            thread.is_retry = True
 
         # The library decides what is worth a retry. Its pauses and its timeouts are replaced.
         retry = DEFAULT_RETRY.with_delay(initial=0.0, maximum=0.0).with_timeout(None)
@@ -561,15 +576,18 @@ class Sender:
                 raise CancelledError
             started, thread.began, thread.sending = self.clock(), time.monotonic(), 0.0
             thread.due = thread.began + MAX_WAIT_SECONDS  # for a token
-            thread.is_between_chunks = False
+            thread.is_between_chunks = thread.is_last_part = thread.may_be_stored = False
             try:
                 response = request()
             except Exception as error:
                 is_about_token = type(error).__module__ == "google.auth.exceptions"
                 if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
                     raise ConnectionError(error) from error  # it is retried: the source may recover
-                if thread.is_retry and re.match(f"HTTP (412|403.*({OVERWRITE}))", explain(error)):
+                if thread.is_uncertain and re.match(f"HTTP (412(?!.*constraint)|403.*({OVERWRITE}))", cause_of(error)):
                     raise FileExistsError from error  # an earlier try has stored the object
+                thread.is_uncertain |= thread.may_be_stored
+                if isinstance(error, OddAnswer):
+                    error.is_uncertain = thread.is_uncertain
                 raise
             finally:
                 thread.spare -= max(0.0, self.clock() - started - thread.sending)
@@ -584,14 +602,14 @@ class Sender:
                 self.changed.wait(TICK_SECONDS)
             self.busy += 1
         try:
-            if self.rate and not getattr(self.thread, "is_between_chunks", False):
+            if self.rate and not self.thread.is_between_chunks:
                 with self.turn_lock:  # threads queue, so none takes a turn early
                     self.turn = next_turn(time.monotonic() - self.start, self.rate, self.turn)
                     self.wait_until(self.start + self.turn / self.rate)
             yield
             self.adjust(timed_out=False)
         except Exception as error:
-            if "timed out" in explain(error):
+            if "timed out" in cause_of(error):
                 self.adjust(timed_out=True)
             raise
         finally:
@@ -629,20 +647,25 @@ class Sender:
         thread.sending = len(request.body or b"") / SLOWEST_RATE
         thread.allowed = min(patience, max(thread.spare, 1.0)) + thread.sending
         thread.due = time.monotonic() + thread.allowed
+        part = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
+        thread.is_last_part = "=multipart" in request.url or bool(part and int(part[1]) + 1 == int(part[2]))
         self.counts.append(Result(unanswered_requests=1))  # until the answer comes
         return send(request, **{**options, "timeout": thread.allowed})
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
+        self.thread.may_be_stored = self.thread.is_last_part  # now all is sent
         response = http.client.HTTPResponse(sock, *args, **options)
-        raw, due = response.fp.raw, getattr(self.thread, "due", time.monotonic() + MAX_WAIT_SECONDS)
+        raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
         raw.readinto = lambda buffer: sock.settimeout(left()) or read(buffer)
         return response
 
     def on_response(self, response: Any, **_: Any) -> None:
         """Count a response, and keep what it says of an object: a hook of the HTTP session."""
-        request, status = response.request, response.status_code
+        request, status, thread = response.request, response.status_code, self.thread
+        thread.may_be_stored = thread.is_last_part and (status in (200, 408) or status >= 500)
+        thread.is_last_part = False  # nor of what is asked of a token source now
         is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
         size = len(request.body or b"") if status in (200, 308) else 0
         result = Result(answers=Counter([status]), arrived_objects=is_object, arrived_bytes=size)
@@ -660,7 +683,7 @@ class Sender:
         if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
-        self.thread.is_between_chunks = status == 308 or is_session
+        thread.is_between_chunks = status == 308 or is_session
 
 
 def find_credentials(run: Run, stop: ctypes.c_byte) -> Any:
@@ -710,16 +733,17 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
         return [delivered(run, file) for file in files]
     from google.cloud.storage import transfer_manager
 
-    blobs, errors = {}, {}  # by path
+    blobs = {}  # by path
     for file in files:
         blob = sender.bucket.blob(f"dt={batch.day}/{file.name}", UPLOAD_CHUNK_BYTES)
         blob.crc32c = file.checksum  # the service compares, not the library
         blobs[os.path.join(batch.folder, file.name)] = blob
     content_type = "application/gzip" if run.gzip else "application/x-ndjson"
     pool = {"worker_type": transfer_manager.THREAD, "max_workers": run.transfer_workers}
-    for is_again in (False, True):  # again from the start: a session of the service may be lost
-        paths = [path for path in blobs if not is_again or isinstance(errors[path], OddAnswer)]
-        retry = functools.partial(sender.retrying, is_upload=True, is_again=is_again)
+    errors: dict[str, Any] = dict.fromkeys(blobs)
+    for is_uncertain in (None, True, False):  # again from the start: a session of the service may be lost
+        paths = [path for path, error in errors.items() if getattr(error, "is_uncertain", None) is is_uncertain]
+        retry = functools.partial(sender.retrying, is_upload=True, is_uncertain=bool(is_uncertain))
         options = {"content_type": content_type, "checksum": None, "retry": retry}
         pairs = [(path, blobs[path]) for path in paths]
         errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
@@ -741,10 +765,13 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
     is_answer_lost, is_readable = isinstance(error, FileExistsError), True
     if is_answer_lost:
         try:
-            error = blob.reload(retry=sender.retrying)
+            blob.reload(retry=sender.retrying)
+            error = None
+        except CancelledError:
+            return Result()
         except Exception as failure:
-            is_readable = not explain(failure).startswith("HTTP 403")  # the role may only create
-            error = failure if is_readable else None
+            if cause_of(failure).startswith("HTTP 403"):  # the role may only create
+                is_readable, error = False, None
     size, checksum = sender.stored.pop(blob.name, (0, None))
     reason = explain(error, run).replace(blob.name, "…") if error else ""
     if not error and is_readable and (size != file.size or checksum not in (None, file.checksum)):
@@ -756,8 +783,8 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
     return delivered(run, file, is_answer_lost)
 
 
-def explain(error: BaseException, run: Run | None = None) -> str:
-    """Say in 200 characters what an error is and, of a run's request, what to do about it."""
+def cause_of(error: BaseException) -> str:
+    """Say what an error is, without secrets: its innermost cause."""
     for _ in range(20):  # there are wrappers of wrappers; the innermost is the cause
         response = getattr(error, "response", None)
         inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -772,13 +799,19 @@ def explain(error: BaseException, run: Run | None = None) -> str:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             words = response.json()["error"]["message"]
     words = re.sub(r"\s+", " ", SECRET.sub(r"\1…", str(words))).rstrip()
-    kind += ": " if kind and words else ""
-    remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, kind + words, re.I)), "")
-    if run and run.bucket == DEFAULT_BUCKET and re.match("HTTP 40[34]", kind):
+    return ": ".join(filter(None, (kind, words)))
+
+
+def explain(error: BaseException, run: Run | None = None) -> str:
+    """Say in 200 characters what an error is and, of a run's request, what to do about it."""
+    cause = cause_of(error)
+    remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, cause, re.I)), "")
+    if run and run.bucket == DEFAULT_BUCKET and re.match("HTTP 40[34]", cause):
         remedy = "this is the default bucket; name yours with --bucket"
-    if len(kind + words) > 200:  # the end says most
-        words = f"…{words[len(kind) - 199 :]}"
-    return f"{kind}{words}; {remedy.format(bucket=run.bucket)}" if run and remedy else kind + words
+    if len(cause) > 200:  # the end says most
+        kind = re.match(r"(\w+( \d+)?: )?", cause)[0]
+        cause = f"{kind}…{cause[len(kind) - 199 :]}"
+    return f"{cause}; {remedy.format(bucket=run.bucket)}" if run and remedy else cause
 
 
 # --- The pipeline of one process: what is there already, batches, and the pools. ------------------

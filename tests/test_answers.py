@@ -142,6 +142,49 @@ def test_a_refused_retry_does_not_say_which_object_is_there(
 
 
 @pytest.mark.parametrize(
+    ("first", "refused"),
+    [
+        (429, denied("storage.objects.delete")),
+        ("lost", refusal(403, NO_CREATE.replace("tester", "hold-of-retention-policy.objects.delete"))),
+        (503, refusal(412, "Request violates constraint 'constraints/storage.restrictAuthTypes'")),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refusal_says_only_then_that_an_object_is_there_when_a_try_can_have_stored_it(
+    made: dict[str, Any], tmp_path: Path, kind: str, first: Any, refused: Reply
+) -> None:
+    wanted, asked = made[kind], Counter()
+    name = sorted(wanted)[3]
+
+    def fault(request: Request) -> Any:
+        if request.name != name or not completes(request):
+            return None
+        asked[name] += 1
+        return first if asked[name] == 1 else refused
+
+    with Server(fault=fault, may_read=False) as server:
+        done = upload(server, *KINDS[kind], "--temp-dir", tmp_path, "--json")
+    only_failed(done, [name], wanted, tmp_path)
+    assert asked[name] == 2
+
+
+def test_after_a_part_that_is_not_the_last_no_object_is_there(made: dict[str, Any], tmp_path: Path) -> None:
+    wanted, asked = made["resumable"], Counter()
+    name = sorted(wanted)[3]
+
+    def fault(request: Request) -> Any:
+        if request.name != name or not last_byte(request):
+            return None
+        asked[completes(request)] += 1
+        return denied("storage.objects.delete") if completes(request) else "lost" if asked[False] == 1 else None
+
+    with Server(fault=fault, may_read=False) as server:
+        done = upload(server, *LARGE, "--temp-dir", tmp_path, "--json")
+    only_failed(done, [name], wanted, tmp_path)
+    assert asked == {False: 2, True: 1}
+
+
+@pytest.mark.parametrize(
     ("status", "kind", "reason"),
     [
         (401, "multipart", "InvalidOperation: Anonymous credentials cannot be refreshed."),
