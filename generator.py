@@ -92,11 +92,15 @@ SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its 
 TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
 LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the requests
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wider than the one before
-SECRET = re.compile(r"(upload_id=|[Bb]earer |assertion=|ya29\.|eyJ)[^\s&'\"]+|-----BEGIN.*", re.DOTALL)
+SECRET = re.compile(  # what is not told but for the name in front of it
+    r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
+    r"""[^\s&'"]+|(?<=//)\S+(?=@)|(?:(?<=Failed to parse: )|-----BEGIN).*"""
+)
 TOKEN_REFUSED = "invalid_|unauthorized_|unsupported_|access_denied|deleted_|be refreshed|reauth"
 OVERWRITE = r"objects\.delete'? (access|denied)|cannot be deleted"  # in a refusal; no name has spaces
 NO_NAME = "not known|name resolution|No address associated"
-LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|failed: 407|{NO_NAME}")  # no retry mends it
+# No retry mends these:
+LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|HANDSHAKE_FAIL|_PROTOCOL|PROTOCOL_|failed: 407|{NO_NAME}")
 LOG_IN = "run 'gcloud auth application-default login' or give the VM a service account"
 REMEDIES = (  # what to do, by the words of an error, the most telling first
     (f"HTTP 401|{TOKEN_REFUSED}", f"the credentials were not accepted: {LOG_IN}"),
@@ -110,8 +114,10 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     (r"objects\.(list|get)\b", "grant roles/storage.objectViewer on gs://{bucket}"),
     ("HTTP 403", "grant roles/storage.objectUser on gs://{bucket}"),
     ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
+    ("certificate.required", "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true, with a client certificate that it knows"),
     ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of your proxy"),
     ("407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
+    ("Failed to parse", "see HTTPS_PROXY; in a password, write %23 for #, %2F for / and %3F for ?"),
     (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
 )
 MAX_DIFFERENCES = 20  # listed by each process of --verify; the rest are only counted
@@ -135,7 +141,7 @@ def understanding(answer: str) -> Iterator[None]:
     """Raise OddAnswer where an answer of the service cannot be understood."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise OddAnswer(f"{answer} is not what it should be: {explain(error)}") from None
 
 
@@ -509,15 +515,21 @@ def next_turn(elapsed: float, rate: float, last: int) -> int:
 class ThreadState(threading.local):
     """What a thread knows of the request that it makes, and of its earlier tries."""
 
-    spare: float  # seconds that are left to it
+    spare: float  # seconds that are left to it, without those for its bytes
+    sending: float  # seconds that are left to it for its bytes, once they are known
+    is_sized: bool  # whether they are
     began: float  # when the try did, on the monotonic clock, as all moments here
     due: float  # when its answer must be there
     allowed: float  # seconds from its sending to then
-    sending: float  # seconds of these that are for its bytes
     is_between_chunks: bool = False  # of an object that has one budget
     is_last_part: bool = False  # whether the object is whole with what is sent now
     may_be_stored: bool = False  # whether this try may have stored the object
     is_uncertain: bool = False  # whether an earlier one may have
+
+
+def shared_byte() -> ctypes.c_byte:
+    """Return a byte, 0 at first, in memory that this process will share with its children."""
+    return ctypes.c_byte.from_buffer(mmap.mmap(-1, 1))
 
 
 @dataclass
@@ -536,6 +548,7 @@ class Sender:
     narrowed: float = 0.0  # when the limit was last halved, on the monotonic clock
     changed: threading.Condition = field(default_factory=threading.Condition)
     accepted: bool = False  # whether the bucket has taken an object
+    accepted_any: ctypes.c_byte = field(default_factory=shared_byte)  # whether it has of any process
     given_up: int = 0  # requests given up since one last succeeded
     counts: deque[Result] = field(default_factory=deque)  # since they were last taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
@@ -551,6 +564,7 @@ class Sender:
         thread = self.thread
         if not thread.is_between_chunks:
             thread.spare, thread.is_uncertain = float(self.run.retry_timeout), is_uncertain
+        thread.sending, thread.is_sized = 0.0, False
         pauses = (random.uniform(0, min(2.0**n, MAX_WAIT_SECONDS)) for n in itertools.count(1))
 
         def before_retry(error: Exception) -> None:
@@ -574,8 +588,8 @@ class Sender:
         with self.place() if is_upload else contextlib.nullcontext():
             if self.stop.value:
                 raise CancelledError
-            started, thread.began, thread.sending = self.clock(), time.monotonic(), 0.0
-            thread.due = thread.began + MAX_WAIT_SECONDS  # for a token
+            started, thread.began = self.clock(), time.monotonic()
+            thread.due = thread.began + self.patience()  # for a token
             thread.is_between_chunks = thread.is_last_part = thread.may_be_stored = False
             try:
                 response = request()
@@ -590,7 +604,9 @@ class Sender:
                     error.is_uncertain = thread.is_uncertain
                 raise
             finally:
-                thread.spare -= max(0.0, self.clock() - started - thread.sending)
+                took = self.clock() - started
+                thread.spare -= max(0.0, took - thread.sending)
+                thread.sending = max(0.0, thread.sending - took)
             self.given_up = 0
         return response
 
@@ -641,16 +657,32 @@ class Sender:
         while not self.stop.value and (left := due - time.monotonic()) > 0:
             time.sleep(min(left, TICK_SECONDS))
 
+    def patience(self) -> float:
+        """Return the seconds that an answer may take, so that there is time for another try."""
+        return min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
+
     def send_in_time(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
         """Send a request, by a method of a transport adapter, for as long as it may take."""
-        thread, patience = self.thread, min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
-        thread.sending = len(request.body or b"") / SLOWEST_RATE
-        thread.allowed = min(patience, max(thread.spare, 1.0)) + thread.sending
+        thread, needed = self.thread, len(request.body or b"") / SLOWEST_RATE
+        if not thread.is_sized:
+            thread.sending, thread.is_sized = needed, True
+        thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
         thread.due = time.monotonic() + thread.allowed
         part = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
         thread.is_last_part = "=multipart" in request.url or bool(part and int(part[1]) + 1 == int(part[2]))
         self.counts.append(Result(unanswered_requests=1))  # until the answer comes
         return send(request, **{**options, "timeout": thread.allowed})
+
+    def renew_token(self, refresh: Callable[[Any], None], request: Any) -> None:
+        """Refresh the credentials in time. What the token source says may be odd and is asked again."""
+        from google.auth.exceptions import TransportError
+
+        self.thread.due = time.monotonic() + self.patience()
+        try:
+            with understanding("the answer"):
+                refresh(request)
+        except OddAnswer as error:
+            raise TransportError(error) from error
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
@@ -664,8 +696,8 @@ class Sender:
     def on_response(self, response: Any, **_: Any) -> None:
         """Count a response, and keep what it says of an object: a hook of the HTTP session."""
         request, status, thread = response.request, response.status_code, self.thread
-        thread.may_be_stored = thread.is_last_part and (status in (200, 408) or status >= 500)
-        thread.is_last_part = False  # nor of what is asked of a token source now
+        is_last_part, thread.is_last_part = thread.is_last_part, False  # nor of what is asked for a token now
+        thread.may_be_stored = is_last_part and (status in (200, 408) or status >= 500)
         is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
         size = len(request.body or b"") if status in (200, 308) else 0
         result = Result(answers=Counter([status]), arrived_objects=is_object, arrived_bytes=size)
@@ -679,7 +711,7 @@ class Sender:
                 answer = orjson.loads(response.content)
                 self.stored[answer["name"]] = int(answer["size"]), answer.get("crc32c")
         sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
-        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept)  # up to the last byte
+        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not is_last_part
         if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
@@ -720,6 +752,8 @@ def open_bucket(run: Run, sender: Sender) -> Any:
     HTTPConnection.response_class = sender.timed_response
     session.hooks["response"].append(sender.on_response)
     session.max_redirects = 0  # an upload that is sent elsewhere is not where it should be
+    if sender.credentials:
+        session.credentials.refresh = functools.partial(sender.renew_token, session.credentials.refresh)
     # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
     known = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
     session.proxies, session.verify, session.trust_env = known["proxies"], known["verify"], False
@@ -777,29 +811,36 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
     if not error and is_readable and (size != file.size or checksum not in (None, file.checksum)):
         reason = f"the bucket has {size:,} bytes with CRC32C {checksum}, not {file.size:,} with {file.checksum}"
     if reason:
-        fatal = "" if sender.accepted else f"nothing was accepted: {reason}"
+        fatal = "" if sender.accepted_any.value else f"nothing was accepted: {reason}"
         return Result(fatal, objects_failed=1, failures=[(reason, path)])
-    sender.accepted = True
+    sender.accepted = sender.accepted_any.value = True
     return delivered(run, file, is_answer_lost)
 
 
 def cause_of(error: BaseException) -> str:
     """Say what an error is, without secrets: its innermost cause."""
+    source = ""
     for _ in range(20):  # there are wrappers of wrappers; the innermost is the cause
         response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)  # urllib3 has responses without one
         inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-        if inner is None or response is not None:
+        if type(error).__name__ in ("RefreshError", "TransportError"):  # of google.auth
+            source = "the token source"
+        if inner is None or status:
             break
         error = inner
-    if response is None:
+    if not status:
         kind = "" if isinstance(error, OddAnswer) else type(error).__name__
-        words = error.args[0] if len(error.args) > 1 and isinstance(error.args[0], str) else error
+        several = len(error.args) > 1 and isinstance(error.args[0], str) and not isinstance(error, ValueError)
+        words = error.args[0] if several else error
     else:
-        kind, words = f"HTTP {response.status_code}", response.headers.get("Location", "")
+        kind = f"HTTP {status}"
+        words = response.headers.get("Location", " ".join(map(str, error.args)) if status < 400 else "")
+        words = words.partition("?")[0]  # what follows may be a secret
         with contextlib.suppress(ValueError, TypeError, KeyError):
             words = response.json()["error"]["message"]
     words = re.sub(r"\s+", " ", SECRET.sub(r"\1…", str(words))).rstrip()
-    return ": ".join(filter(None, (kind, words)))
+    return ": ".join(filter(None, (source, kind, words)))
 
 
 def explain(error: BaseException, run: Run | None = None) -> str:
@@ -809,7 +850,7 @@ def explain(error: BaseException, run: Run | None = None) -> str:
     if run and run.bucket == DEFAULT_BUCKET and re.match("HTTP 40[34]", cause):
         remedy = "this is the default bucket; name yours with --bucket"
     if len(cause) > 200:  # the end says most
-        kind = re.match(r"(\w+( \d+)?: )?", cause)[0]
+        kind = re.match(r"((the token source: )?\w+( \d+)?: )?", cause)[0]
         cause = f"{kind}…{cause[len(kind) - 199 :]}"
     return f"{cause}; {remedy.format(bucket=run.bucket)}" if run and remedy else cause
 
@@ -837,17 +878,22 @@ def list_day(run: Run, plan: Plan, part: Slice, sender: Sender, day: date) -> It
 
 def read_listing(listing: Any, prefix: str) -> Iterator[File]:
     """Yield the objects below a prefix. Raises OddAnswer and client errors."""
-    tokens: set[str | None] = set()
+    last, empty = "", 0
     with understanding("the bucket's listing"):
         for page in listing.pages:
+            empty += 1
             for blob in page:
                 if not blob.name.startswith(prefix):
                     raise ValueError(f"{blob.name} is not below {prefix}")
+                if blob.name <= last:
+                    raise ValueError(f"{blob.name} comes after {last}")
                 if blob.size or not blob.name.endswith("/"):  # and no placeholder of a folder
                     yield File(blob.name[len(prefix) :], int(blob.size), checksum=blob.crc32c)
-            if listing.next_page_token in tokens:
-                raise ValueError("the same page comes again and again")
-            tokens.add(listing.next_page_token)
+                last, empty = blob.name, 0
+            if empty == 100:
+                raise ValueError("100 pages in a row are empty")
+            if not listing.next_page_token:  # an empty one would begin again
+                break
 
 
 def choose_files(run: Run, part: Slice, stored: Iterator[File], sender: Sender, day: date) -> Iterator[File]:
@@ -876,7 +922,9 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
     def compare(stored: File, file: File) -> Result:
         name, checksum, problem = f"dt={batch.day}/{file.name}", stored.checksum, "it has no CRC32C"
         try:
-            if run.output_dir:
+            if stored.size != file.size:
+                checksum = ""  # nor is it read, as a pipe without an end is
+            elif run.output_dir:
                 with open(os.path.join(batch.folder, file.name), "rb") as opened:
                     checksum = measure(iter(functools.partial(opened.read, 1 << 20), b""))[1]
             elif not checksum:  # listings have none where the customer manages the keys
@@ -885,7 +933,7 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
         except Exception as error:
             fatal_result(error, run)  # which raises it if it is our fault
             problem = explain(error)
-        if stored.size != file.size or checksum not in (None, file.checksum):
+        if checksum not in (None, file.checksum):
             return Result(objects_different=1, failures=[("different", name)])
         if checksum is None:
             return Result(objects_unchecked=1, failures=[(f"unchecked ({problem})", name)])
@@ -1121,8 +1169,7 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
 
 def handle_signals() -> ctypes.c_byte:
     """Return the byte that stops a run. A signal sets it, a second one ends the run at once."""
-    stop = ctypes.c_byte.from_buffer(mmap.mmap(-1, 1))  # in memory that all processes share
-    parent = os.getpid()
+    stop, parent = shared_byte(), os.getpid()
 
     def handle(signum: int, _: Any) -> None:
         if os.getpid() != parent:  # which gets the signal too, or is meant to

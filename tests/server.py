@@ -205,7 +205,8 @@ class Server:
 
     `fault` is asked about each request once its first bytes are here. It returns None, a status or a Reply to answer
     in place of what was asked, 'reset' (hang up inside the body), 'stall' (never answer), or, for a request that is
-    done as asked, 'lost' (hang up), 'cut' (send half an answer) or 'drip' (send it one byte every 0.2 s).
+    done as asked, 'lost' (hang up), 'cut' (send half an answer), 'garbled' (send a chunk without a size) or 'drip'
+    (send it one byte every 0.2 s).
     A listing has pages of `page` names. With `keep` off, contents are neither checked nor stored. When the server
     ends, it raises what was wrong with the requests, corrupt contents only if none are expected.
 
@@ -336,9 +337,11 @@ class Server:
                 self.closing.wait(0.2)
         elif fault == "cut":
             sock.sendall(answer[: len(answer) - 20])
+        elif fault == "garbled":
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
         elif fault != "lost":
             sock.sendall(answer)
-        if fault in ("cut", "lost"):
+        if fault in ("cut", "lost", "garbled"):
             raise Hangup
 
     def reply(self, request: Request, fault: Any, body: memoryview) -> Reply:

@@ -256,6 +256,23 @@ def test_the_remedy_fits_the_words_of_the_service(tmp_path: Path, status: int, w
     assert done.returncode == 1 and remedy in told
 
 
+def test_a_refusal_of_one_process_ends_nothing_where_another_was_accepted(made: dict[str, Any], tmp_path: Path) -> None:
+    wanted, held = made["multipart"], []
+
+    second = sorted(name for name in wanted if "2024-01-01" in name)[15:]  # the files of the second process
+
+    def hold(request: Request) -> Any:
+        if request.name in second and held in ([], [request.name]):
+            until(lambda: server.objects)
+            held[:] = [request.name]
+            return refusal(403, HOLD.format(request.name))
+        return None
+
+    with Server(fault=hold) as server:
+        done = upload(server, *SMALL, "--processes", 2, "--temp-dir", tmp_path, "--json")
+    only_failed(done, held, wanted, tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_that_does_not_fit_is_not_believed(made: dict[str, Any], tmp_path: Path, kind: str) -> None:
     wanted = made[kind]
@@ -267,7 +284,7 @@ def test_an_answer_that_does_not_fit_is_not_believed(made: dict[str, Any], tmp_p
 
     with Server() as server:
         odd = [
-            lambda name: Reply(302, b"", f"Location: {server.url}/login\r\n"),
+            lambda name: Reply(302, b"", f"Location: {server.url}/login?Signature=aSecret\r\n"),
             lambda name: document({}),
             lambda name: HTML,
             lambda name: Reply(200, b""),
@@ -289,6 +306,7 @@ def test_an_answer_that_does_not_fit_is_not_believed(made: dict[str, Any], tmp_p
         done = upload(server, *KINDS[kind], "--temp-dir", tmp_path, "--json")
     only_failed(done, odd_answers, wanted, tmp_path)
     assert all(request.path != "/login" for request in server.requests)
+    assert f"HTTP 302: {server.url}/login" in done.stderr and "aSecret" not in done.stderr
     assert all(wanted[NAME.search(path)[0]] == content for path, content in files_below(tmp_path).items())
     assert contents(server) == {name: content for name, content in wanted.items() if name not in answers}
 
@@ -329,15 +347,16 @@ def test_a_large_file_that_is_cut_between_its_chunks_is_not_delivered(made: dict
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_lost_session_is_begun_once_more(made: dict[str, Any], tmp_path: Path, for_ever: bool) -> None:
     wanted, asked = made["resumable"], Counter()
-    ways = [404, Reply(308, b"", "Range: bytes=0-8388607\r\n"), Reply(308, b""), 410]
+    whole = Reply(308, b"", f"Range: bytes=0-{len(wanted[min(wanted)]) - 1}\r\n")
+    half = Reply(308, b"", "Range: bytes=0-8388607\r\n")
+    ways = [(True, 404), (False, half), (True, whole), (False, Reply(308, b""))]  # for the last part, or the first
     lost = dict(zip(sorted(wanted)[for_ever:], ways))  # if the first one is never accepted, the run ends
 
     def lose(request: Request) -> Any:
-        way = lost.get(request.name)
-        if not way or not last_byte(request) or (last_byte(request) < CHUNK) != isinstance(way, Reply):
+        if request.name not in lost or not last_byte(request) or completes(request) != lost[request.name][0]:
             return None
         asked[request.name] += 1
-        return way if for_ever or asked[request.name] == 1 else None
+        return lost[request.name][1] if for_ever or asked[request.name] == 1 else None
 
     with Server(fault=lose) as server:
         done = upload(server, *LARGE, "--temp-dir", tmp_path, "--json")
@@ -396,6 +415,15 @@ def test_verify_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ]
 
 
+def test_verify_opens_no_file_of_another_size(tmp_path: Path) -> None:
+    assert wattif(*SMALL, "--output-dir", tmp_path).returncode == 0
+    name = sorted(files_below(tmp_path))[5]
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)  # nobody ever writes to it
+    done = wattif(*SMALL, "--output-dir", tmp_path, "--verify", "--json")
+    assert done.returncode == 1 and report(done)["failures"] == [f"different: {name}"]
+
+
 ITEM = {"name": "dt=2024-01-01/0A0000ABCDEF.ndjson", "size": "1896", "crc32c": "AAAAAA=="}
 LISTINGS = {
     "HTML": [HTML],
@@ -406,6 +434,8 @@ LISTINGS = {
     "no items": [document({"items": 3})],
     "no size": [document({"items": [{"name": ITEM["name"]}]})],
     "no number": [document({"items": [{**ITEM, "size": "many"}]})],
+    "not sorted": [document({"items": [ITEM, {**ITEM, "name": "dt=2024-01-01/0A0000ABCDEE.ndjson"}]})],
+    "too large a number": [document({"items": [{**ITEM, "size": float("inf")}]})],
     "one page": [document({"items": [ITEM], "nextPageToken": "again"})],
     "two pages": [document({"items": [ITEM], "nextPageToken": token}) for token in ("one", "other")],
 }
@@ -421,10 +451,23 @@ def test_a_listing_that_is_none_ends_the_run_in_one_line(tmp_path: Path, flag: s
         return pages[request.number % len(pages)] if request.number < 50 else 400
 
     with Server(fault=answer) as server:
-        done = upload(server, *SMALL, "--temp-dir", tmp_path, flag, "--json")
+        done = upload(server, *DAY, *SMALL[len(DAYS) :], "--temp-dir", tmp_path, flag, "--json")
     assert done.returncode == 1 and "Traceback" not in done.stderr and len(server.requests) <= 4
     assert report(done)["error"].startswith("cannot go on: the bucket's listing is not what it should be: ")
     assert done.stderr.count("\nerror: ") == 1 and re.search(r"^\d+ objects, .* in ", done.stderr, re.M), done.stderr
+
+
+def test_a_listing_whose_pages_stay_empty_ends(tmp_path: Path) -> None:
+    with Server(fault=lambda request: document({"nextPageToken": str(request.number)})) as server:
+        done = upload(server, *SMALL, "--verify", "--json")
+    assert done.returncode == 1 and len(server.requests) == 100 and "are empty" in report(done)["error"]
+
+
+def test_a_listing_ends_with_a_token_that_is_empty(made: dict[str, Any]) -> None:
+    with Server(page=60) as server:
+        server.objects = {name: stored(content) for name, content in made["multipart"].items()}
+        server.fault = lambda request: document({**server.listing(request), "nextPageToken": ""})
+        assert upload(server, *SMALL, "--verify").returncode == 0 and len(server.requests) == 2
 
 
 def test_placeholders_of_folders_are_not_unexpected(made: dict[str, Any], tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 
+import generator
 from conftest import DAY, DAYS, contents, report, spool, start, until, upload, wattif
 from credentials import Certificates, external_account, make_certificates, metadata_environment, service_account
 from server import Reply, Request, Server, TokenServer, document, refusal
@@ -103,6 +106,29 @@ def test_a_metadata_server_that_is_ill_for_good_is_told_in_its_words(tmp_path: P
     assert "--scopes" not in done.stderr  # which are only in the URL
 
 
+@pytest.mark.parametrize("source", ["service account", "exchange"])
+@pytest.mark.parametrize("content", [[], {}, {"expires_in": "soon"}, 3])
+def test_an_odd_answer_of_a_token_source_is_asked_for_again(tmp_path: Path, source: str, content: Any) -> None:
+    odd = Reply(200, json.dumps(content).encode())
+    with TokenServer(fault=lambda path: odd) as tokens, Server() as server:
+        env = SOURCES[source](tmp_path, tokens.url)
+        done = run_with(env, server, tmp_path / "temp", *SMALL, "--retry-timeout", 2)
+        told(done.returncode, done.stderr, "the token source: ")
+        assert "Traceback" not in done.stderr and len(tokens.paths) > 1
+        tokens.fault = lambda path: odd if len(tokens.paths) % 2 else None
+        tokens.paths.clear()
+        assert run_with(env, server, tmp_path / "temp", *SMALL).returncode == 0
+
+
+def test_a_token_source_that_does_not_answer_has_no_more_time_than_a_request(tmp_path: Path) -> None:
+    with TokenServer(fault=lambda path: "stall") as tokens, Server() as server:
+        env = service_account(tmp_path, tokens.url)
+        began = time.monotonic()
+        done = run_with(env, server, tmp_path / "temp", *SMALL, "--retry-timeout", 3)
+    told(done.returncode, done.stderr, "the token source: ", "timed out")
+    assert time.monotonic() - began < 20
+
+
 def test_a_metadata_server_may_come_up_late(expected: Callable[..., dict], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -175,9 +201,11 @@ NAME = "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"
     ("where", "words"),
     [
         ("untrusted", ("certificate verify failed", CERTIFICATE)),
+        ("other ciphers", ("handshake failure",)),
         ("proxy of http", ("HTTP 407", PASSWORD)),
         ("proxy of https", ("OSError: Tunnel connection failed: 407", PASSWORD)),
         ("proxy of tokens", ("OSError: Tunnel connection failed: 407", PASSWORD)),
+        ("proxy with #", ("Failed to parse: …", "%23 for #")),
         ("no such name", ("gaierror: ", NAME)),
         ("no such token endpoint", ("gaierror: ", NAME)),
         ("no such exchange", ("gaierror: ", NAME)),
@@ -186,12 +214,19 @@ NAME = "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"
 def test_what_no_retry_mends_is_told_at_once(
     tmp_path: Path, certificates: Certificates, where: str, words: tuple[str, ...]
 ) -> None:
-    with Server(fault=lambda request: 407) as proxy, Server(tls=certificates.context()) as untrusted:
+    old = certificates.context()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    old.set_ciphers("CAMELLIA128-SHA")
+    with Server(fault=lambda request: 407) as proxy, Server(tls=certificates.context()) as untrusted, Server(
+        tls=old
+    ) as aged:
         env = {
             "untrusted": {"STORAGE_EMULATOR_HOST": untrusted.url},
+            "other ciphers": {"STORAGE_EMULATOR_HOST": aged.url},
             "proxy of http": {"STORAGE_EMULATOR_HOST": "http://storage.invalid", "http_proxy": proxy.url},
             "proxy of https": {"STORAGE_EMULATOR_HOST": "https://storage.invalid", "https_proxy": proxy.url},
             "proxy of tokens": {**service_account(tmp_path, "https://token.invalid"), "https_proxy": proxy.url},
+            "proxy with #": {"STORAGE_EMULATOR_HOST": "http://storage.invalid", "http_proxy": "http://me:a#b@c:1"},
             "no such name": {"STORAGE_EMULATOR_HOST": "http://storage.invalid"},
             "no such token endpoint": service_account(tmp_path, "https://token.invalid"),
             "no such exchange": external_account(tmp_path, "https://token.invalid"),
@@ -202,6 +237,12 @@ def test_what_no_retry_mends_is_told_at_once(
             _, err = process.communicate(timeout=60)
             assert time.monotonic() - began < 5
     told(process.returncode, err, *words)
+
+
+def test_a_client_certificate_that_is_wanted_is_told() -> None:
+    # On loopback the connection may be gone before the alert of TLS 1.3 is read.
+    error = ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required (_ssl.c:2580)")
+    assert "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true" in generator.explain(error, SimpleNamespace(bucket="a-bucket"))
 
 
 def test_a_refused_connection_is_retried(expected: Callable[..., dict], tmp_path: Path) -> None:
@@ -240,7 +281,10 @@ def test_who_pays_is_told_to_the_bucket(tmp_path: Path) -> None:
     assert payers == [None] + ["payer"] * 60
 
 
-SAID = "'Bearer token-1' Bearer token-1 ya29.hush upload_id=hush&x assertion=hush -----BEGIN PRIVATE KEY-----\nhush"
+SAID = (
+    "'Bearer token-1' Bearer token-1 ya29.hush upload_id=hush&x refresh_token=hush client_secret%3Dhush //me:hush@it "
+)
+SAID += "'password': 'hush' X-Goog-Signature=hush upload_id%3Dhush assertion=hush -----BEGIN PRIVATE KEY-----\nhush"
 TOKEN_ANSWERS = {
     "token": Reply(400, json.dumps({"error": "invalid_grant", "error_description": SAID, "token": "hush"}).encode()),
     "token page": Reply(403, f"<html>{SAID}</html>".encode()),
@@ -270,7 +314,7 @@ def test_secrets_are_not_shown(tmp_path: Path, kind: str, source: str) -> None:
         patch = f"generator.SLOWEST_RATE = 10**9; {HASTE}"  # or a stall takes 6 minutes for objects of this size
         done = run_with(env, server, tmp_path / "temp", *LARGE, "--retry-timeout", 2, "--json", patch=patch)
     told(done.returncode, done.stderr, report(done)["error"])
-    assert not re.search(r"token-1|hush|upload_id=\w", done.stderr + done.stdout)
+    assert not re.search(r"token-1|hush|upload_id(=|%3D)\w", done.stderr + done.stdout)
 
 
 @pytest.mark.parametrize("broken", ["key", "file"])

@@ -22,7 +22,7 @@ from credentials import service_account
 from server import Request, Server, TokenServer
 
 SMALL = (*DAYS, "--interval", "3600", "--meters", "60", "--batch-size", "10")
-FAULTS = [429, 500, 502, 503, 504, 408, "reset", "cut"]
+FAULTS = [429, 500, 502, 503, 504, 408, "reset", "cut", "garbled"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -111,6 +111,15 @@ def test_an_upload_ends_in_the_time_that_its_bytes_allow(tmp_path: Path, fault: 
     # The initiation of an upload of 13.6 MB sends as little as a small object.
     assert done.returncode == 1 and "timed out" in report(done)["error"], done.stderr
     assert 1.5 < report(done)["elapsed_seconds"] < elapsed < 7
+
+
+def test_the_time_for_the_bytes_is_given_once_for_all_tries(tmp_path: Path) -> None:
+    # A request of 2.3 kB has 2.3 s for its bytes and 3 s more. Without pauses, nothing but the answers takes time.
+    flags = (*DAY, "--interval", 3600, "--meters", 1, "--retry-timeout", 3, "--temp-dir", tmp_path)
+    patch = "generator.SLOWEST_RATE = 1000; generator.random.uniform = lambda low, high: 0.0"
+    with Server(delay=0.2, fault=lambda request: 503) as server:
+        done = upload(server, *flags, "--json", patch=patch)
+    assert done.returncode == 1 and 3 < report(done)["elapsed_seconds"] < 9, done.stderr
 
 
 def test_a_chunk_that_drips_ends_in_the_time_that_its_bytes_allow(tmp_path: Path) -> None:
