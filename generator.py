@@ -756,7 +756,8 @@ def open_bucket(run: Run, sender: Sender) -> Any:
         session.credentials.refresh = functools.partial(sender.renew_token, session.credentials.refresh)
     # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
     known = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
-    session.proxies, session.verify, session.trust_env = known["proxies"], known["verify"], False
+    session.proxies, session.verify, session.trust_env = known["proxies"] or None, known["verify"], False
+    session.headers = session.params = None  # nor does it merge, as the library's headers are complete
     return client.bucket(run.bucket)
 
 
