@@ -219,7 +219,7 @@ def test_a_token_server_that_cannot_be_reached_is_no_lost_login(tmp_path: Path) 
     flags = (*SMALL, "--meters", 2, "--batch-size", 1, "--retry-timeout", 1, "--temp-dir", tmp_path / "temp")
     done = wattif("--bucket", "a-bucket", *flags, **account(tmp_path, "http://127.0.0.1:1"))
     assert done.returncode == 1 and "gcloud auth" not in done.stderr and "Traceback" not in done.stderr
-    assert "error: nothing was accepted: ConnectionRefusedError: " in done.stderr
+    assert "error: nothing was accepted: the token source: ConnectionRefusedError: " in done.stderr
 
 
 @pytest.mark.parametrize(("more", "content_type"), [((), "application/x-ndjson"), (("--gzip",), "application/gzip")])
