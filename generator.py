@@ -88,6 +88,7 @@ PARTIAL = re.compile(r"\.[0-9a-f]+\.part")  # the name of a file that is being w
 DISK_BLOCK = 4096  # bytes; what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # for objects over 8 MiB; measured: larger ones cost page faults
 MAX_WAIT_SECONDS = 60.0  # for a response, and before a retry
+PAUSE_GROWTH = 1.3  # of a retry's longest pause, 1 s at first; with 2, batches wait for their last files
 SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its bytes take at this
 TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
 LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the requests
@@ -565,7 +566,7 @@ class Sender:
         if not thread.is_between_chunks:
             thread.spare, thread.is_uncertain = float(self.run.retry_timeout), is_uncertain
         thread.sending, thread.is_sized = 0.0, False
-        pauses = (random.uniform(0, min(2.0**n, MAX_WAIT_SECONDS)) for n in itertools.count(1))
+        pauses = (random.uniform(0, min(PAUSE_GROWTH**n, MAX_WAIT_SECONDS)) for n in itertools.count())
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.

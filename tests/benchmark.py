@@ -360,8 +360,8 @@ def throughput(form: Form, scratch: Path) -> None:
 def on_the_index(form: Form, scratch: Path) -> None:
     """Compare uploads in strides to uploads in the order of names, on the model of the bucket's index, by wall seconds.
 
-    Both have two processes, each with half of the names and as many uploads at once as is WattIf's default, and pauses
-    before retries that double up to a minute. There is one run of each, for it takes long. The objects are tiny.
+    Both have two processes, each with half of the names and as many uploads at once as is WattIf's default.
+    There is one run of each, for it takes long. The objects are tiny.
     """
     count, at_once, ready = form.count(8000), 32, scratch / "tiny"
     tiny = [*RUN, "--interval", 86_400, "--meters", count, "--processes", 2]

@@ -85,11 +85,10 @@ def test_an_index_in_the_order_of_names_is_split_and_all_objects_arrive(
     expected: Callable[..., dict], tmp_path: Path
 ) -> None:
     # The model answers 429 to what a range cannot take, and splits a range that has been busy for three seconds.
-    # Shorter pauses before retries than those of a real run keep it busy, so that the test is short.
     index = Index(30)
     flags = (*DAILY, "--meters", 800, "--processes", 2)
     with Server(index=index) as server:
-        done = upload(server, *flags, "--temp-dir", tmp_path / "temp", patch="generator.MAX_WAIT_SECONDS = 3.0")
+        done = upload(server, *flags, "--temp-dir", tmp_path / "temp")
     assert done.returncode == 0, done.stderr
     assert len(index.ranges) > 2 and contents(server) == expected(*flags)
 

@@ -96,7 +96,7 @@ def test_a_request_is_tried_for_as_long_as_the_flag_says(tmp_path: Path) -> None
     flags = (*DAY, "--interval", 86_400, "--meters", 1, "--retry-timeout", 8, "--temp-dir", tmp_path)
     with Server(fault=fault) as server:
         done = upload(server, *flags)
-    # The last try has the last second. Without it the pause of 8 seconds at most, after 1 + 2 + 4, would end it all.
+    # The last try has the last second. Without it a pause that would pass the eight seconds would end it all.
     assert done.returncode == 1 and 6.5 < tries[-1] - tries[0] < 8.5
 
 
