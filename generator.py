@@ -40,6 +40,7 @@ import random
 import re
 import resource
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -50,6 +51,7 @@ from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
@@ -71,6 +73,18 @@ ROW = b'{"meter_id":"000000000000","timestamp":"2024-01-01T00:00:00Z","reading":
 ROW_BYTES = len(ROW)
 ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
+READING_OFFSET = ROW.index(b"0.111")
+ROW_END = ROW[READING_OFFSET + len("0.111") :]
+# Of a row with a flaw, this many bytes of it are followed by these. The other flaws concern whole rows.
+FLAWS = {
+    "missing": (0, b""),
+    "duplicate": (ROW_BYTES, b""),
+    "disorder": (0, b""),
+    "late": (0, b""),
+    "null": (READING_OFFSET, b"null " + ROW_END),
+    "spike": (READING_OFFSET, b"999.9" + ROW_END),
+    "malformed": (ROW.index(b'","reading"'), b"\n"),
+}
 BLOCK_METERS = 1 << 20
 MAX_METERS = BLOCK_METERS << 16
 SUFFIX_BITS = 24
@@ -92,6 +106,7 @@ PAUSE_GROWTH = 1.3  # of a retry's longest pause, 1 s at first; with 2, batches 
 SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its bytes take at this
 TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
 LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the requests
+INNER = ("latencies", "arrived_objects", "arrived_bytes", "thousandths")  # counts that no record has
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wider than the one before
 SECRET = re.compile(  # what is not told but for the name in front of it
     r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
@@ -175,8 +190,35 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def parse_flaws(text: str) -> dict[str, Fraction]:
+    """Parse the shares of flawed rows by their kinds; argparse names the flag."""
+    shares: dict[str, Fraction] = {}
+    for part in text.split(","):
+        kind, _, share = part.partition("=")
+        if not re.fullmatch(r"([0-9]{1,3}|[0-9]{0,3}\.[0-9]{1,12})%?", share):
+            raise argparse.ArgumentTypeError(f"{part!r} is not KIND=SHARE, as late=1% or late=0.01")
+        if kind not in FLAWS or kind in shares:
+            problem = "comes twice" if kind in shares else f"is none of {', '.join(FLAWS)}"
+            raise argparse.ArgumentTypeError(f"{kind!r} {problem}")
+        shares[kind] = Fraction(share.rstrip("%")) / (100 if "%" in share else 1)
+        if not 0 < shares[kind] < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} is not above 0 and below 1")
+    return {kind: shares[kind] for kind in FLAWS if kind in shares}
+
+
+def parse_prefix(text: str) -> str:
+    """Parse a path below which objects are, as object names have it; argparse names the flag."""
+    parts = text.rstrip("/").split("/") if text[-2:] != "//" else [""]
+    if any(part in ("", ".", "..") for part in parts) or not text.isprintable() or len(text.encode()) > 900:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as tests/one: no part is empty, '.' or '..'")
+    return "/".join(parts)
+
+
 def parse_bucket(text: str) -> str:
-    """Parse a bucket's name by https://cloud.google.com/storage/docs/buckets#naming."""
+    """Parse NAME, gs://NAME or gs://NAME/PATH, by https://cloud.google.com/storage/docs/buckets#naming."""
+    if text.startswith("gs://"):
+        name, _, path = text[len("gs://") :].partition("/")
+        return parse_bucket(name) + (f"/{parse_prefix(path)}" if path else "")
     without_dots = "[a-z0-9][a-z0-9_-]{1,61}[a-z0-9]"
     with_dots = r"(?=.{3,222}$)[a-z0-9][a-z0-9_-]{,62}(\.[a-z0-9_-]{1,63})+(?<![_-])"
     reserved = r"^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$"
@@ -186,14 +228,14 @@ def parse_bucket(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket: {rule}")
 
 
-def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = None) -> Any:
+def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = None, **more: Any) -> Any:
     """Declare a setting and its flag: without a parser or a number's bounds, a switch."""
     options: dict[str, Any] = {"action": "store_true"}
     if parse:
         parse = functools.partial(parse_number, *parse) if isinstance(parse, tuple) else parse
         options = {"metavar": metavar, "type": parse, "required": default is MISSING, "default": default}
         meaning += "" if default in (None, MISSING) else " (default: %(default)s)"
-    return field(default=default, metadata={**options, "help": meaning})
+    return field(default=default, metadata={**options, **more, "help": meaning})
 
 
 @dataclass(frozen=True)
@@ -203,9 +245,11 @@ class Run:
     start: date = flag("first day: YYYY-MM-DD, today or yesterday", MISSING, "DATE", parse_day)
     end: date = flag("last day, included", MISSING, "DATE", parse_day)
     bucket: str | None = flag(f"upload to gs://NAME (default: {DEFAULT_BUCKET})", None, "NAME", parse_bucket)
+    prefix: str | None = flag("path in the bucket or DIR, also as --bucket gs://NAME/PATH", None, "PATH", parse_prefix)
     output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", str)
     meters: int = flag("size of the fleet", 1000, "N", (1, MAX_METERS))
     interval: int = flag("between readings; divides a day", 10, "SECONDS", (1, DAY_SECONDS))
+    flaws: Any = flag(f"KIND=SHARE,…: rows with flaws; {', '.join(FLAWS)}", None, "FLAWS", parse_flaws, action="append")
     seed: int = flag("fleet and readings follow from it", 0, "N", (0, 2**63 - 1))
     meters_per_file: int = flag("meters that share an object", 1, "K", (1, MAX_METERS))
     gzip: bool = flag("compress the objects (level 1)")
@@ -227,14 +271,35 @@ class Run:
     retry_timeout: int = flag("time for a request, besides its bytes at 50 kB/s", 120, "SECONDS", (1, DAY_SECONDS))
     rps_limit: float | None = flag("objects a second at most", None, "R", (0.1, 10**6))
 
+    def destination(self) -> str:
+        """Return below what the days are."""
+        root = f"gs://{self.bucket}" if self.bucket else str(self.output_dir)
+        return f"{root}/{self.prefix}" if self.prefix else root
+
+    def place_of(self, day: date) -> str:
+        """Return how the names of a day's objects begin."""
+        return f"{self.prefix}/dt={day}/" if self.prefix else f"dt={day}/"
+
     def meters_of(self, places: range) -> range:
         """Return the fleet indices of the meters in contiguous files."""
         per_file = self.meters_per_file
         return range(places.start * per_file, min(places.stop * per_file, self.meters))
 
+    def flaw_counts(self) -> dict[str, int]:
+        """Return how many rows of a meter-day have each flaw."""
+        rows = DAY_SECONDS // self.interval
+        shares = self.flaws or {}
+        return {kind: max(1, math.floor(share * rows + Fraction(1, 2))) for kind, share in shares.items()}
+
+    def meter_day_bytes(self) -> int:
+        """Return the size of a meter's rows of a day, before compression."""
+        counts = Counter(self.flaw_counts())
+        rows = DAY_SECONDS // self.interval - counts["missing"] - counts["malformed"] + counts["duplicate"]
+        return rows * ROW_BYTES + counts["malformed"] * (FLAWS["malformed"][0] + 1)
+
     def file_bytes(self, meters: int) -> int:
         """Return the size of a file of so many meters: exact, or with --gzip at most."""
-        size = meters * (DAY_SECONDS // self.interval) * ROW_BYTES
+        size = meters * self.meter_day_bytes()
         return size + size // 1000 + 64 if self.gzip else size
 
 
@@ -249,6 +314,7 @@ class Plan:
     pending_batches: int  # most batches that a process has under way
     objects: int
     readings: int
+    bytes: int  # of the objects, before compression
     disk_bytes: int  # most disk in use at once
 
 
@@ -259,9 +325,15 @@ def make_plan(run: Run) -> Plan:
     task_files = split(range(day_files), run.task_index, run.task_count)
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
     objects = len(days) * len(task_files)
-    readings = len(days) * (DAY_SECONDS // run.interval) * len(run.meters_of(task_files))
+    meter_days = len(days) * len(run.meters_of(task_files))
+    readings, size = meter_days * (DAY_SECONDS // run.interval), meter_days * run.meter_day_bytes()
     file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
+    flawed = sum(run.flaw_counts().values())
+    if 2 * flawed > DAY_SECONDS // run.interval:
+        raise RunError(f"--flaws has {flawed:,} of a meter-day's {DAY_SECONDS // run.interval:,} rows; at most half")
+    if "late" in run.flaw_counts() and run.start == date.min:
+        raise RunError(f"--start {run.start} has no day before it, from which rows could be late; begin later")
     if run.bucket and largest > 5 << 40:
         raise RunError("an object has at most 5 TiB; lower --meters-per-file")
     if room < 2:
@@ -276,7 +348,18 @@ def make_plan(run: Run) -> Plan:
     if run.bucket:
         disk = min(objects, processes * (pending_batches + 1) * batch_files) * file_disk
     slices = [split(task_files, index, processes) for index in range(processes)]
-    return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, disk)
+    return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, size, disk)
+
+
+def count_rows(run: Run, plan: Plan) -> dict[str, Any]:
+    """Return the truth about the rows of this task, which needs no generation."""
+    meter_days = plan.readings // (DAY_SECONDS // run.interval)
+    flaws = Counter({kind: count * meter_days for kind, count in run.flaw_counts().items()})
+    delivered = plan.readings - flaws["missing"] + flaws["duplicate"]  # as many come late as are late
+    parsed = delivered - flaws["malformed"]
+    rows = {"delivered": delivered, "parsed": parsed, "distinct": parsed - flaws["duplicate"]}
+    rows["of_another_date"] = flaws["late"]
+    return {"flaws": {**flaws}, **{f"rows_{kind}": count for kind, count in rows.items()}}
 
 
 def split(whole: range, index: int, count: int) -> range:
@@ -302,6 +385,7 @@ class File(NamedTuple):
     place: int | None = None
     addresses: Sequence[int] = ()  # of its meters
     checksum: str | None = None  # CRC32C in Base64, of what is written or there
+    thousandths: int = 0  # sum of the readings in it, with --flaws
 
 
 def draw_block(seed: int, block: int, count: int) -> array[int]:
@@ -346,7 +430,7 @@ def make_file(run: Run, part: Slice, place: int) -> File:
     return File(f"{stem}.ndjson{'.gz' if run.gzip else ''}", size, place, addresses)
 
 
-# --- Results, the readings, and batches of files, which one pool of threads writes. ---------------
+# --- Results, and the digits of the readings. ------------------------------------------------------
 
 
 @dataclass
@@ -357,7 +441,7 @@ class Result:
     objects_done: int = 0  # delivered; with --verify as they should be
     objects_skipped: int = 0  # that --resume found to be there
     objects_failed: int = 0
-    objects_missing: int = 0  # this and the next three are found by --verify
+    objects_missing: int = 0  # this and the next three are found by --verify, unexpected ones by --resume, too
     objects_different: int = 0
     objects_unexpected: int = 0
     objects_unchecked: int = 0  # that are there, but cannot be compared
@@ -365,6 +449,7 @@ class Result:
     files_left: int = 0  # whose upload failed
     bytes_left: int = 0  # of these files
     readings: int = 0  # in the objects done
+    thousandths: int = 0  # sum of what can be read of them, with --flaws
     bytes: int = 0  # of the objects done
     answers: Counter[int] = field(default_factory=Counter)  # by HTTP status
     unanswered_requests: int = 0
@@ -397,10 +482,11 @@ def fatal_result(error: Exception, run: Run) -> Result:
 def delivered(run: Run, file: File, is_new: bool = True) -> Result:
     """Return the result of a file that is where it should be, new unless an answer counted it."""
     size, readings = file.size or 0, (DAY_SECONDS // run.interval) * len(file.addresses)
-    return Result(objects_done=1, readings=readings, bytes=size, arrived_objects=is_new, arrived_bytes=is_new * size)
+    counts = {"objects_done": 1, "readings": readings, "thousandths": file.thousandths, "bytes": size}
+    return Result(**counts, arrived_objects=is_new, arrived_bytes=is_new * size)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def render_day_template(day: date, interval: int) -> bytes:
     """Render the DAY_SECONDS / interval rows of a meter-day, with ROW's placeholders."""
     steps = itertools.repeat(timedelta(seconds=interval), DAY_SECONDS // interval - 1)
@@ -424,7 +510,92 @@ def draw_digits(key: str, rows: int) -> list[bytearray]:
         size *= 2
 
 
-def generate_smart_meter_readings_for_day(day: date, template: bytes, meters: Any, seed: int) -> Iterator[bytearray]:
+# --- Flaws on purpose: which rows have them, and what can still be read. ---------------------------
+
+
+def draw_flaws(key: str, rows: int, counts: dict[str, int]) -> list[tuple[int, str]]:
+    """Draw rows and their flaws, in the order of rows; all ways to place them are equally likely."""
+    # A shuffle (Fisher and Yates) of places as far as needed. A place of the kind "disorder" is two rows wide.
+    kinds = [kind for kind in FLAWS for _ in range(counts.get(kind, 0))]
+    places, moved, drawn = rows - counts.get("disorder", 0), {}, []
+    numbers = struct.unpack(f"<{len(kinds)}Q", hashlib.shake_128(f"flaws/{key}".encode()).digest(8 * len(kinds)))
+    for first, (number, kind) in enumerate(zip(numbers, kinds)):
+        other = first + number % (places - first)
+        drawn.append((moved.get(other, other), kind))
+        moved[other] = moved.get(first, first)
+    drawn.sort()
+    pairs = itertools.accumulate((kind == "disorder" for _, kind in drawn), initial=0)
+    return [(place + before, kind) for (place, kind), before in zip(drawn, pairs)]
+
+
+def add_digits(column: bytearray) -> int:
+    """Add up the ASCII digits of a column."""
+    # Adler-32 (RFC 1950) has 1 + the sum of the bytes, modulo 65521, in its lower half.
+    pieces = (column[first : first + 7000] for first in range(0, len(column), 7000))
+    return sum(((zlib.adler32(piece) & 0xFFFF) - 1 - ord("0") * len(piece)) % 65521 for piece in pieces)
+
+
+class Spoiler:
+    """Puts flaws into the rows of meters on one day, and adds up the readings that can still be read."""
+
+    def __init__(self, run: Run, day: date) -> None:
+        self.counts, self.seed, self.rows = run.flaw_counts(), run.seed, DAY_SECONDS // run.interval
+        self.day, self.thousandths = day, 0
+        if "late" in self.counts:
+            self.day_before = day - timedelta(days=1)
+            self.template_before = render_day_template(self.day_before, run.interval)
+
+    def spoil(self, address: int, clean: bytearray, columns: list[bytearray]) -> bytes:
+        """Return the rows of a meter-day with flaws, after them the late ones of the day before."""
+        view, parts, done, key = memoryview(clean), [], 0, f"{self.seed}/{address:012X}"
+        self.thousandths += sum(value * add_digits(column) for value, column in zip((100, 10, 1), columns))
+        for row, kind in draw_flaws(f"{key}/{self.day}", self.rows, self.counts):
+            start, (kept, tail) = row * ROW_BYTES, FLAWS[kind]
+            parts.append(view[done : start + kept])
+            done = start + ROW_BYTES
+            if kind == "disorder":
+                parts += view[done : done + ROW_BYTES], view[start:done]
+                done += ROW_BYTES
+            elif kind == "duplicate":
+                self.thousandths += reading_of(columns, row)
+                done = start
+            else:
+                self.thousandths -= reading_of(columns, row)
+                parts.append(tail)
+        parts.append(view[done:])
+        if "late" in self.counts:
+            parts += self.late_rows(address, f"{key}/{self.day_before}")
+        return b"".join(parts)
+
+    def late_rows(self, address: int, key: str) -> Iterator[bytes]:
+        """Yield the rows of a meter that are late on the day before."""
+        columns, template = draw_digits(key, self.rows), self.template_before
+        for row, kind in draw_flaws(key, self.rows, self.counts):
+            if kind == "late":
+                start = row * ROW_BYTES
+                middle = template[start + ID_OFFSET + 12 : start + DIGITS_OFFSET]
+                digits = bytes(column[row] for column in columns)
+                yield b"%s%012X%s%s%s" % (ROW[:ID_OFFSET], address, middle, digits, ROW_END)
+                self.thousandths += reading_of(columns, row)
+
+    def take_thousandths(self) -> int:
+        """Return the sum of the readings since it was last taken."""
+        taken, self.thousandths = self.thousandths, 0
+        return taken
+
+
+def reading_of(columns: list[bytearray], row: int) -> int:
+    """Return the reading of a row, in thousandths."""
+    hundreds, tens, ones = (column[row] for column in columns)
+    return 100 * hundreds + 10 * tens + ones - 111 * ord("0")
+
+
+# --- Meter-days, and batches of files, which one pool of threads writes. ----------------------------
+
+
+def generate_smart_meter_readings_for_day(
+    day: date, template: bytes, meters: Any, seed: int, spoiler: Spoiler | None = None
+) -> Iterator[Any]:
     """Yield the rows of each meter for one day, in one buffer: the next meter's replace them."""
     buffer = bytearray(template)
     rows = len(template) // ROW_BYTES
@@ -436,9 +607,10 @@ def generate_smart_meter_readings_for_day(day: date, template: bytes, meters: An
             if old != new:  # few columns, because IDs that follow each other differ little
                 buffer[offset::ROW_BYTES] = columns[new]
         stamped = meter_id
-        for offset, column in enumerate(draw_digits(f"{seed}/{address:012X}/{day_text}", rows), DIGITS_OFFSET):
+        digits = draw_digits(f"{seed}/{address:012X}/{day_text}", rows)
+        for offset, column in enumerate(digits, DIGITS_OFFSET):
             buffer[offset::ROW_BYTES] = column
-        yield buffer
+        yield spoiler.spoil(address, buffer, digits) if spoiler else buffer
 
 
 def compress(chunks: Iterable[bytearray]) -> Iterator[bytes]:
@@ -486,7 +658,8 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
     """Write a batch until a stop, --verify only draws it. Returns files, sizes, checksums."""
     template = render_day_template(batch.day, run.interval)
     meters = itertools.chain.from_iterable(file.addresses for file in batch.files)
-    rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed)
+    spoiler = Spoiler(run, batch.day) if run.flaws else None
+    rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed, spoiler)
     written = []
     if not run.verify:
         os.makedirs(batch.folder, exist_ok=True)
@@ -497,7 +670,8 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
         chunks = compress(chunks) if run.gzip else chunks
         path = os.path.join(batch.folder, file.name)
         size, checksum = measure(chunks) if run.verify else write_file(path, chunks, bool(run.bucket))
-        written.append(file._replace(size=size, checksum=checksum))
+        thousandths = spoiler.take_thousandths() if spoiler else 0
+        written.append(file._replace(size=size, checksum=checksum, thousandths=thousandths))
     log.debug("%s: wrote %d files", batch.day, len(written))
     return written
 
@@ -759,7 +933,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
 
     blobs = {}  # by path
     for file in files:
-        blob = sender.bucket.blob(f"dt={batch.day}/{file.name}", UPLOAD_CHUNK_BYTES)
+        blob = sender.bucket.blob(run.place_of(batch.day) + file.name, UPLOAD_CHUNK_BYTES)
         blob.crc32c = file.checksum  # the service compares, not the library
         blobs[os.path.join(batch.folder, file.name)] = blob
     content_type = "application/gzip" if run.gzip else "application/x-ndjson"
@@ -849,7 +1023,7 @@ def explain(error: BaseException, run: Run | None = None) -> str:
 
 def list_day(run: Run, plan: Plan, part: Slice, sender: Sender, day: date) -> Iterator[File]:
     """Yield what a day has in the slice's range of names, sorted. Raises client and OS errors."""
-    places, prefix = part.places, f"dt={day}/"
+    places, prefix = part.places, run.place_of(day)
     first = make_file(run, part, places.start).name if places.start > 0 else ""
     end = make_file(run, part, places.stop).name if places.stop < plan.day_files else None
     if sender.bucket:
@@ -898,10 +1072,12 @@ def choose_files(run: Run, part: Slice, stored: Iterator[File], sender: Sender, 
             yield file._replace(size=listed.size, checksum=listed.checksum)
         elif run.verify:
             kind = "missing" if file else "unexpected"
-            sender.counts.append(Result(failures=[(kind, f"dt={day}/{name}")], **{f"objects_{kind}": 1}))
-        elif file and listed and listed.size and file.size in (None, listed.size):
+            sender.counts.append(Result(failures=[(kind, run.place_of(day) + name)], **{f"objects_{kind}": 1}))
+        elif not file:
+            sender.counts.append(Result(objects_unexpected=1))
+        elif listed and listed.size and file.size in (None, listed.size):
             sender.counts.append(Result(objects_skipped=1))
-        elif file:
+        else:
             yield file
 
 
@@ -909,7 +1085,7 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
     """Compare what is stored of a batch with what should be, by size and CRC32C."""
 
     def compare(stored: File, file: File) -> Result:
-        name, checksum, problem = f"dt={batch.day}/{file.name}", stored.checksum, "it has no CRC32C"
+        name, checksum, problem = run.place_of(batch.day) + file.name, stored.checksum, "it has no CRC32C"
         try:
             if stored.size != file.size:
                 checksum = ""  # nor is it read, as a pipe without an end is
@@ -946,13 +1122,13 @@ def plan_batches(run: Run, plan: Plan, part: Slice, folder: str, sender: Sender)
         chosen = choose_files(run, part, list_day(run, plan, part, sender, day), sender, day)
         if run.verify:
             while files := [*itertools.islice(chosen, plan.batch_files)]:
-                yield Batch(day, os.path.join(folder, f"dt={day}"), files)
+                yield Batch(day, os.path.join(folder, run.place_of(day)), files)
             continue
         needed = array("Q", (file.place for file in chosen)) if run.resume else part.places
         count = -(-len(needed) // plan.batch_files)
         for number in scatter(range(count)):
             files = [make_file(run, part, place) for place in scatter(needed[number::count])]
-            name = f"{os.getpid()}.{number}.dt={day}" if run.bucket else f"dt={day}"
+            name = f"{os.getpid()}.{number}.dt={day}" if run.bucket else run.place_of(day)
             if run.bucket and not sender.accepted:  # one alone, in case the bucket is wrong
                 yield Batch(day, os.path.join(folder, f"first.{name}"), [files.pop(0)])
             if files:
@@ -1038,7 +1214,7 @@ def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
     """Return a directory for the files that is writable and has room. Raises RunError."""
     directory, needed = run.temp_dir if run.bucket else str(run.output_dir), plan.disk_bytes
     if not run.bucket and (run.gzip or run.resume):  # files compress to 8% or are there already
-        needed = 0 if run.resume else plan.readings * ROW_BYTES // 12
+        needed = 0 if run.resume else plan.bytes // 12
     which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     try:
         os.makedirs(directory, exist_ok=True)
@@ -1203,7 +1379,6 @@ def in_bytes(count: float) -> str:
 
 def describe_plan(run: Run, plan: Plan) -> None:
     """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
-    size = plan.readings * ROW_BYTES
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
     say(f"days         {run.start} to {run.end}")
@@ -1211,13 +1386,18 @@ def describe_plan(run: Run, plan: Plan) -> None:
     if run.task_source:
         say(f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})")
     say(f"readings     {plan.readings:,}")
+    if run.flaws:
+        rows = count_rows(run, plan)
+        say(f"flaws        {', '.join(f'{count:,} {kind}' for kind, count in rows.pop('flaws').items())}")
+        kinds = ", ".join(f"{count:,} {name[len('rows_') :].replace('_', ' ')}" for name, count in rows.items())
+        say(f"rows         {kinds}")
     say(f"objects      {plan.objects:,} of {inexact}{largest:,} bytes")
-    say(f"bytes        {size:,} ({in_bytes(size)}){' before compression' if run.gzip else ''}")
+    say(f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}")
     say(f"processes    {len(plan.slices)}")
     if not run.verify:
         disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
         say(f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}")
-    say(f"destination  {f'gs://{run.bucket}' if run.bucket else run.output_dir}/dt=YYYY-MM-DD/")
+    say(f"destination  {run.destination()}/dt=YYYY-MM-DD/")
 
 
 class Progress:
@@ -1263,15 +1443,19 @@ class Progress:
         run, total = self.run, self.total
         elapsed = max(time.monotonic() - self.started, 1e-3)
         incomplete = total.objects_done + total.objects_skipped != self.plan.objects
-        status = int(bool(incomplete or total.objects_unexpected or total.error or total.failures))
+        status = int(bool(incomplete or (run.verify and total.objects_unexpected) or total.error or total.failures))
+        whole, part = divmod(total.thousandths, 1000)
+        readings_sum = f"{whole}.{part:03d}" if run.flaws and total.objects_done == self.plan.objects else None
         slot_seconds = len(self.bytes) // 60 + 1  # so that there are at most 60
         slots = (self.bytes[first : first + slot_seconds] for first in range(0, len(self.bytes), slot_seconds))
         return {
             "mode": "verify" if run.verify else "upload" if run.bucket else "write",
-            "destination": f"gs://{run.bucket}" if run.bucket else run.output_dir,
+            "destination": run.destination(),
             "exit_status": 128 + signum if signum > 0 and status else status,
             "objects_planned": self.plan.objects,
-            **{name: value for name, value in vars(total).items() if not name.startswith(("latencies", "arrived"))},
+            **count_rows(run, self.plan),
+            "readings_sum": readings_sum,
+            **{name: value for name, value in vars(total).items() if name not in INNER},
             "failures": [*name_failures(total.failures, run.verify)],
             "error": total.error or None,
             "elapsed_seconds": round(elapsed, 3),
@@ -1316,6 +1500,9 @@ def print_report(run: Run, record: dict[str, Any]) -> None:
         say(f"error: {record['error']}; fix that, then {again}")
     if record["exit_status"] > 128:
         say(f"stopped by {signal.Signals(record['exit_status'] - 128).name}; {again}")
+    if record["objects_unexpected"] and not run.verify:
+        others = f"{record['objects_unexpected']:,} unexpected objects are in {run.destination()}"
+        say(f"{others}: another shape or seed there doubles the rows of every glob; see --prefix")
     kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped")
     found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
     objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
@@ -1421,6 +1608,13 @@ def read_settings(argv: Sequence[str] | None) -> Run:
             raise RunError(f"--{one} and --{other} exclude each other; drop one".replace("_", "-"))
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
+    if args.flaws and len(args.flaws) > 1:
+        raise RunError("--flaws is given twice; give one, as --flaws late=1%,null=1%")
+    args.flaws = args.flaws[0] if args.flaws else None
+    args.bucket, _, path = (args.bucket or "").partition("/")
+    if path and args.prefix:
+        raise RunError(f"--prefix {args.prefix} and --bucket have a path; drop one")
+    args.prefix = args.prefix or path or None
     args.bucket = args.bucket or (DEFAULT_BUCKET if args.output_dir is None else None)
     if args.temp_dir is None:
         args.temp_dir = DEFAULT_TEMP_DIR if os.path.isdir(DEFAULT_TEMP_DIR) else os.environ.get("TMPDIR") or "/tmp"

@@ -281,6 +281,34 @@ def rows_in_memory(form: Form) -> None:
         )
 
 
+def flaws(form: Form) -> None:
+    """Compare rows with flaws to clean ones, each meter-day written to a buffer, by CPU seconds."""
+    meters = sorted(generator.draw_block(0, 0, 1000))[: form.count(300)]
+    six = ",".join(f"{kind}={{0}}" for kind in generator.FLAWS if kind != "late")
+
+    def measured(specification: str) -> Callable[[], float]:
+        argv = ["--start", str(DAY), "--end", str(DAY), "--output-dir", "x"]
+        run = generator.read_settings([*argv, *(["--flaws", specification] if specification else [])])
+
+        def seconds() -> float:
+            spoiler = generator.Spoiler(run, DAY) if run.flaws else None
+            started, buffer = time.process_time(), io.BytesIO()
+            for rows in generator.generate_smart_meter_readings_for_day(DAY, TEMPLATE, meters, 0, spoiler):
+                buffer.seek(0)
+                buffer.write(rows)
+            return (time.process_time() - started) / len(meters)
+
+        return seconds
+
+    shares = {"no flaws": "", "six kinds, 0.1% each": six.format("0.1%"), "and late": six.format("0.1%") + ",late=0.1%"}
+    shares["six kinds, 2% each"] = six.format("2%")
+    seconds = medians(*(measured(specification) for specification in shares.values()), runs=form.runs(9))
+    for name, used in zip(shares, seconds):
+        row(f"a meter-day in memory: {name}", f"{used * 1e6:.0f} µs CPU", quotient(used, seconds[0]), "no flaws")
+    more = 6 * (round(0.02 * ROWS) - round(0.001 * ROWS))
+    row("each further row with a flaw", f"{(seconds[3] - seconds[1]) / more * 1e6:.2f} µs CPU")
+
+
 # ----------------------------------------------------------------------------------------------------
 # Whole runs.
 
@@ -432,6 +460,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         rows_in_memory(form)
+        flaws(form)
         to_disk(form, scratch)
         upload_cost(form, scratch)
         throughput(form, scratch)

@@ -39,7 +39,15 @@ BAD_FLAGS = [
     ((*DAYS, "--bucket", ""), "--bucket"),
     ((*DAYS, "--bucket", "ab"), "--bucket"),
     ((*DAYS, "--bucket", "a" * 64), "--bucket"),
-    ((*DAYS, "--bucket", "gs://bucket"), "--bucket"),
+    *(
+        ((*DAYS, "--bucket", name), "--bucket")
+        for name in ("gs://", "gs://My_bucket", "gs://bucket//", "gs://bucket/a//b")
+    ),
+    *(
+        ((*DAYS, "--prefix", path), "--prefix")
+        for path in ("", "/", "/a", "a//b", "a//", "a/../b", ".", "a\nb", 901 * "x")
+    ),
+    ((*DAYS, "--bucket", "gs://bucket/a", "--prefix", "b"), "--prefix b and --bucket"),
     ((*DAYS, "--bucket", "Bucket"), "--bucket"),
     ((*DAYS, "--bucket", "bücket"), "--bucket"),
     ((*DAYS, "--bucket", "-bucket"), "--bucket"),

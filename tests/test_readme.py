@@ -171,6 +171,30 @@ def test_duckdb_reads_the_output(readings: dict[str, float]) -> None:
     assert "2024-01-02" in printed
 
 
+def test_duckdb_finds_the_flaws_that_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (arguments,) = commands(re.search(r"<!-- flaws -->\n```sh\n(.*?)```", README, re.S)[1])
+    command = [sys.executable, str(ROOT / "generator.py"), *arguments, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    names, _ = executed("flaws-duckdb")
+    found = dict(zip(names["found"].columns, *names["found"].fetchall()))
+    flaws = told["flaws"]
+    assert {kind: found[kind] for kind in ("late", "duplicate", "disorder", "spike", "malformed")} == {
+        kind: flaws[kind] for kind in ("late", "duplicate", "disorder", "spike", "malformed")
+    }
+    assert (found["nulls"], found["delivered"]) == (flaws["null"], told["rows_delivered"])
+    assert (found["parsed"], found["distinct_rows"]) == (told["rows_parsed"], told["rows_distinct"])
+    assert str(found["readings_sum"]) == told["readings_sum"] and found["late"] == told["rows_of_another_date"]
+    absent = 2 * 20 * 8640 - found["of_these_days"]
+    assert absent == flaws["missing"] + flaws["malformed"] + flaws["late"] // 2  # those of the last of two days
+    text = README.split("## Flawed data")[1]
+    for name in ("delivered", "parsed", "distinct", "of_another_date"):
+        said = f"{told[f'rows_{name}']:,} {name.replace('_', ' ')}"
+        assert said in done.stderr and said in text
+    assert f"`{flaws['null']:,}` of each kind" in text and set(flaws.values()) == {3440}
+
+
 def test_polars_reads_the_output(readings: dict[str, float]) -> None:
     names, printed = executed("polars")
     frame = names["readings"].collect()

@@ -259,7 +259,7 @@ def test_a_run_is_complete_if_all_objects_are_there_and_no_other(clock: Clock) -
         ({"objects_unexpected": 1}, 1),
     ]
     for more, status in endings:
-        progress = some_progress()
+        progress = some_progress("--verify")
         progress.add(arrived(300, objects_skipped=100))
         progress.add(generator.Result(**more))
         assert progress.record(0)["exit_status"] == status, more
