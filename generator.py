@@ -1046,10 +1046,8 @@ def read_listing(listing: Any, prefix: str) -> Iterator[File]:
         for page in listing.pages:
             empty += 1
             for blob in page:
-                if not blob.name.startswith(prefix):
-                    raise ValueError(f"{blob.name} is not below {prefix}")
-                if blob.name <= last:
-                    raise ValueError(f"{blob.name} comes after {last}")
+                if not blob.name.startswith(prefix) or blob.name <= last:
+                    raise ValueError(f"{blob.name} comes after {last or prefix}")
                 if blob.size or not blob.name.endswith("/"):  # and no placeholder of a folder
                     yield File(blob.name[len(prefix) :], int(blob.size), checksum=blob.crc32c)
                 last, empty = blob.name, 0
