@@ -870,8 +870,10 @@ class Sender:
             result.latencies[round(math.log(latency, LATENCY_BASE))] = 1
         self.counts.append(result)
         if is_object or (status == 200 and "/o/" in request.url):
+            content = response.content
+            thread.may_be_stored = False  # as it would be if the answer broke off: it is whole, and may be wrong
             with understanding("what the bucket says of an object"):
-                answer = orjson.loads(response.content)
+                answer = orjson.loads(content)
                 self.stored[answer["name"]] = int(answer["size"]), answer.get("crc32c")
         sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
         is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not is_last_part
