@@ -132,7 +132,7 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
     ("certificate.required", "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true, with a client certificate that it knows"),
     ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of your proxy"),
-    ("407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
+    ("(HTTP|failed:) 407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
     ("Failed to parse", "see HTTPS_PROXY; in a password, write %23 for #, %2F for / and %3F for ?"),
     (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
 )
@@ -476,7 +476,7 @@ def fatal_result(error: Exception, run: Run) -> Result:
     hint = "; lower --meters or workers" if isinstance(error, (MemoryError, RuntimeError)) else ""
     if getattr(error, "filename", None):
         hint = "; see --temp-dir, --max-disk and --batch-size" if run.bucket else "; see --output-dir"
-    return Result(f"cannot go on: {explain(error, run)}{hint}")
+    return Result(f"cannot go on: {explain(error, None if hint else run)}{hint}")
 
 
 def delivered(run: Run, file: File, is_new: bool = True) -> Result:
@@ -722,6 +722,7 @@ class Sender:
     changed: threading.Condition = field(default_factory=threading.Condition)
     accepted: bool = False  # whether the bucket has taken an object
     accepted_any: ctypes.c_byte = field(default_factory=shared_byte)  # whether it has of any process
+    reached: bool = False  # whether the service has answered
     given_up: int = 0  # requests given up since one last succeeded
     counts: deque[Result] = field(default_factory=deque)  # since they were last taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
@@ -740,7 +741,7 @@ class Sender:
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.
-            hopeless = not self.accepted and LASTING.search(cause_of(error))
+            hopeless = not self.reached and LASTING.search(cause_of(error))
             if thread.spare <= 1 or self.given_up > 1 or hopeless:
                 self.given_up += 1
                 raise error
@@ -825,7 +826,7 @@ class Sender:
         return min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
 
     def send_in_time(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-        """Send a request, by a method of a transport adapter, for as long as it may take."""
+        """Send a request, by a session's method, for as long as it may take."""
         thread, needed = self.thread, len(request.body or b"") / SLOWEST_RATE
         if not thread.is_sized:
             thread.sending, thread.is_sized = needed, True
@@ -843,13 +844,14 @@ class Sender:
         self.thread.due = time.monotonic() + self.patience()
         try:
             with understanding("the answer"):
-                refresh(request)
+                refresh(functools.partial(request, timeout=self.patience()))
         except OddAnswer as error:
             raise TransportError(error) from error
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
-        self.thread.may_be_stored = self.thread.is_last_part  # now all is sent
+        # Now all is sent, but for a proxy that was asked for a tunnel, which has no method.
+        self.thread.may_be_stored = self.thread.is_last_part and bool(options.get("method"))
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
@@ -869,6 +871,7 @@ class Sender:
             latency = max(response.elapsed.total_seconds(), 1e-6)
             result.latencies[round(math.log(latency, LATENCY_BASE))] = 1
         self.counts.append(result)
+        self.reached = self.reached or status < 400  # and not a proxy
         if is_object or (status == 200 and "/o/" in request.url):
             content = response.content
             thread.may_be_stored = False  # as it would be if the answer broke off: it is whole, and may be wrong
@@ -913,7 +916,7 @@ def open_bucket(run: Run, sender: Sender) -> Any:
     session = client._http  # as the library's documentation does to widen the pool of connections
     for adapter in session.adapters.values():  # one may have a client's certificate, and keeps it
         adapter.init_poolmanager(10, run.upload_workers * run.transfer_workers)
-        adapter.send = functools.partial(sender.send_in_time, adapter.send)
+    session.send = functools.partial(sender.send_in_time, session.send)
     HTTPConnection.response_class = sender.timed_response
     session.hooks["response"].append(sender.on_response)
     session.max_redirects = 0  # an upload that is sent elsewhere is not where it should be
@@ -949,7 +952,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
         errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
     results = [check_upload(run, sender, *end) for end in zip(files, blobs, blobs.values(), errors.values())]
     try:
-        for path in itertools.compress(blobs, (not result.objects_failed for result in results)):
+        for path in itertools.compress(blobs, (result.objects_done for result in results)):
             Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
     except OSError as error:
         results.append(fatal_result(error, run))
@@ -978,6 +981,8 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
         reason = f"the bucket has {size:,} bytes with CRC32C {checksum}, not {file.size:,} with {file.checksum}"
     if reason:
         fatal = "" if sender.accepted_any.value else f"nothing was accepted: {reason}"
+        if re.match(f"the token source.*({TOKEN_REFUSED})", reason, re.I):  # nor will it give another one
+            fatal = fatal or reason
         return Result(fatal, objects_failed=1, failures=[(reason, path)])
     sender.accepted = sender.accepted_any.value = True
     return delivered(run, file, is_answer_lost)
@@ -1003,7 +1008,8 @@ def cause_of(error: BaseException) -> str:
         kind = f"HTTP {status}"
         words = response.headers.get("Location", " ".join(map(str, error.args)) if status < 400 else "")
         words = words.partition("?")[0]  # what follows may be a secret
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        words = response.text if "text/plain" in response.headers.get("Content-Type", "") else words
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             words = response.json()["error"]["message"]
     words = re.sub(r"\s+", " ", SECRET.sub(r"\1…", str(words))).rstrip()
     return ": ".join(filter(None, (source, kind, words)))
@@ -1013,7 +1019,7 @@ def explain(error: BaseException, run: Run | None = None) -> str:
     """Say in 200 characters what an error is and, of a run's request, what to do about it."""
     cause = cause_of(error)
     remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, cause, re.I)), "")
-    if run and run.bucket == DEFAULT_BUCKET and re.match("HTTP 40[34]", cause):
+    if run and run.bucket == DEFAULT_BUCKET and remedy.startswith(("create gs", "grant roles/storage")):
         remedy = "this is the default bucket; name yours with --bucket"
     if len(cause) > 200:  # the end says most
         cause = f"{cause[:40]}…{cause[-159:]}"
@@ -1095,6 +1101,8 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
             elif not checksum:  # listings have none where the customer manages the keys
                 sender.bucket.blob(name).reload(retry=sender.retrying)
                 checksum = sender.stored.pop(name, (0, None))[1]
+        except CancelledError:
+            return Result()
         except Exception as error:
             fatal_result(error, run)  # which raises it if it is our fault
             problem = explain(error)

@@ -129,6 +129,15 @@ def test_a_token_source_that_does_not_answer_has_no_more_time_than_a_request(tmp
     assert time.monotonic() - began < 20
 
 
+def test_a_token_source_that_does_not_shake_hands_has_no_more_time_either(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, Server() as server:
+        env = service_account(tmp_path, f"https://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        done = run_with(env, server, tmp_path / "temp", *SMALL, "--retry-timeout", 3)
+    told(done.returncode, done.stderr, "the token source: ", "timed out")
+    assert time.monotonic() - began < 20
+
+
 def test_a_metadata_server_may_come_up_late(expected: Callable[..., dict], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
