@@ -952,7 +952,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
         errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
     results = [check_upload(run, sender, *end) for end in zip(files, blobs, blobs.values(), errors.values())]
     try:
-        for path in itertools.compress(blobs, (result.objects_done for result in results)):
+        for path in itertools.compress(blobs, (not result.objects_failed for result in results)):
             Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
     except OSError as error:
         results.append(fatal_result(error, run))
