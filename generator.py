@@ -113,7 +113,7 @@ SECRET = re.compile(  # what is not told but for the name in front of it
     r"""[^\s&'"]+|(?<=//)\S+(?=@)|(?:(?<=Failed to parse: )|-----BEGIN).*"""
 )
 TOKEN_REFUSED = "invalid_|unauthorized_|unsupported_|access_denied|deleted_|be refreshed|reauth"
-OVERWRITE = r"objects\.delete'? (access|denied)|cannot be deleted"  # in a refusal; no name has spaces
+OVERWRITE = r"objects\.delete'? (access|denied)|cannot be deleted"  # words that no name can have
 NO_NAME = "not known|name resolution|No address associated"
 # No retry mends these:
 LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|HANDSHAKE_FAIL|_PROTOCOL|PROTOCOL_|failed: 407|{NO_NAME}")
@@ -208,9 +208,10 @@ def parse_flaws(text: str) -> dict[str, Fraction]:
 
 def parse_prefix(text: str) -> str:
     """Parse a path below which objects are, as object names have it; argparse names the flag."""
-    parts = text.rstrip("/").split("/") if text[-2:] != "//" else [""]
+    parts = (text[:-1] if text.endswith("/") else text).split("/")
     if any(part in ("", ".", "..") for part in parts) or not text.isprintable() or len(text.encode()) > 900:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as tests/one: no part is empty, '.' or '..'")
+        rule = "at most 900 bytes, no control characters, no part that is empty, '.' or '..'"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as tests/one: {rule}")
     return "/".join(parts)
 
 
@@ -271,12 +272,17 @@ class Run:
     retry_timeout: int = flag("time for a request, besides its bytes at 50 kB/s", 120, "SECONDS", (1, DAY_SECONDS))
     rps_limit: float | None = flag("objects a second at most", None, "R", (0.1, 10**6))
 
+    @functools.cached_property
+    def day_rows(self) -> int:
+        """The rows of a meter-day without flaws."""
+        return DAY_SECONDS // self.interval
+
     def destination(self) -> str:
-        """Return below what the days are."""
+        """Return the bucket or directory, with the prefix, below which the days are."""
         root = f"gs://{self.bucket}" if self.bucket else str(self.output_dir)
         return f"{root}/{self.prefix}" if self.prefix else root
 
-    def place_of(self, day: date) -> str:
+    def day_prefix(self, day: date) -> str:
         """Return how the names of a day's objects begin."""
         return f"{self.prefix}/dt={day}/" if self.prefix else f"dt={day}/"
 
@@ -285,21 +291,22 @@ class Run:
         per_file = self.meters_per_file
         return range(places.start * per_file, min(places.stop * per_file, self.meters))
 
-    def flaw_counts(self) -> dict[str, int]:
-        """Return how many rows of a meter-day have each flaw."""
-        rows = DAY_SECONDS // self.interval
-        shares = self.flaws or {}
-        return {kind: max(1, math.floor(share * rows + Fraction(1, 2))) for kind, share in shares.items()}
+    @functools.cached_property
+    def flaw_counts(self) -> Counter[str]:
+        """The rows of a meter-day that have each flaw."""
+        half, shares = Fraction(1, 2), self.flaws or {}
+        return Counter({kind: max(1, math.floor(share * self.day_rows + half)) for kind, share in shares.items()})
 
+    @functools.cached_property
     def meter_day_bytes(self) -> int:
-        """Return the size of a meter's rows of a day, before compression."""
-        counts = Counter(self.flaw_counts())
-        rows = DAY_SECONDS // self.interval - counts["missing"] - counts["malformed"] + counts["duplicate"]
+        """The size of a meter's rows of a day, before compression."""
+        counts = self.flaw_counts
+        rows = self.day_rows - counts["missing"] - counts["malformed"] + counts["duplicate"]
         return rows * ROW_BYTES + counts["malformed"] * (FLAWS["malformed"][0] + 1)
 
     def file_bytes(self, meters: int) -> int:
         """Return the size of a file of so many meters: exact, or with --gzip at most."""
-        size = meters * self.meter_day_bytes()
+        size = meters * self.meter_day_bytes
         return size + size // 1000 + 64 if self.gzip else size
 
 
@@ -326,13 +333,13 @@ def make_plan(run: Run) -> Plan:
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
     objects = len(days) * len(task_files)
     meter_days = len(days) * len(run.meters_of(task_files))
-    readings, size = meter_days * (DAY_SECONDS // run.interval), meter_days * run.meter_day_bytes()
+    readings, size = meter_days * run.day_rows, meter_days * run.meter_day_bytes
     file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
-    flawed = sum(run.flaw_counts().values())
-    if 2 * flawed > DAY_SECONDS // run.interval:
-        raise RunError(f"--flaws has {flawed:,} of a meter-day's {DAY_SECONDS // run.interval:,} rows; at most half")
-    if "late" in run.flaw_counts() and run.start == date.min:
+    flawed = sum(run.flaw_counts.values())
+    if 2 * flawed > run.day_rows:
+        raise RunError(f"--flaws has {flawed:,} of a meter-day's {run.day_rows:,} rows; at most half")
+    if "late" in run.flaw_counts and run.start == date.min:
         raise RunError(f"--start {run.start} has no day before it, from which rows could be late; begin later")
     if run.bucket and largest > 5 << 40:
         raise RunError("an object has at most 5 TiB; lower --meters-per-file")
@@ -353,8 +360,8 @@ def make_plan(run: Run) -> Plan:
 
 def count_rows(run: Run, plan: Plan) -> dict[str, Any]:
     """Return the truth about the rows of this task, which needs no generation."""
-    meter_days = plan.readings // (DAY_SECONDS // run.interval)
-    flaws = Counter({kind: count * meter_days for kind, count in run.flaw_counts().items()})
+    meter_days = plan.readings // run.day_rows
+    flaws = Counter({kind: count * meter_days for kind, count in run.flaw_counts.items()})
     delivered = plan.readings - flaws["missing"] + flaws["duplicate"]  # as many come late as are late
     parsed = delivered - flaws["malformed"]
     rows = {"delivered": delivered, "parsed": parsed, "distinct": parsed - flaws["duplicate"]}
@@ -481,7 +488,7 @@ def fatal_result(error: Exception, run: Run) -> Result:
 
 def delivered(run: Run, file: File, is_new: bool = True) -> Result:
     """Return the result of a file that is where it should be, new unless an answer counted it."""
-    size, readings = file.size or 0, (DAY_SECONDS // run.interval) * len(file.addresses)
+    size, readings = file.size or 0, run.day_rows * len(file.addresses)
     counts = {"objects_done": 1, "readings": readings, "thousandths": file.thousandths, "bytes": size}
     return Result(**counts, arrived_objects=is_new, arrived_bytes=is_new * size)
 
@@ -539,7 +546,7 @@ class Spoiler:
     """Puts flaws into the rows of meters on one day, and adds up the readings that can still be read."""
 
     def __init__(self, run: Run, day: date) -> None:
-        self.counts, self.seed, self.rows = run.flaw_counts(), run.seed, DAY_SECONDS // run.interval
+        self.counts, self.seed, self.rows = run.flaw_counts, run.seed, run.day_rows
         self.day, self.thousandths = day, 0
         if "late" in self.counts:
             self.day_before = day - timedelta(days=1)
@@ -689,8 +696,8 @@ class ThreadState(threading.local):
     """What a thread knows of the request that it makes, and of its earlier tries."""
 
     spare: float  # seconds that are left to it, without those for its bytes
-    sending: float  # seconds that are left to it for its bytes, once they are known
-    is_sized: bool  # whether they are
+    sending: float  # seconds that are left to it for its bytes
+    is_sized: bool  # whether it is known how many bytes it has
     began: float  # when the try did, on the monotonic clock, as all moments here
     due: float  # when its answer must be there
     allowed: float  # seconds from its sending to then
@@ -811,7 +818,9 @@ class Sender:
         most = self.run.upload_workers * self.run.transfer_workers
         now, began = time.monotonic(), self.thread.began
         with self.changed:
-            if timed_out and began > self.narrowed:  # once for all that were under way
+            if self.given_up > 1:  # an outage: nobody need wait for the others to find that out
+                self.limit = most
+            elif timed_out and began > self.narrowed:  # once for all that were under way
                 self.limit, self.narrowed = max(1.0, self.limit / 2), now
             elif not timed_out and now - began < self.thread.allowed / 4:
                 self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
@@ -838,7 +847,7 @@ class Sender:
         return send(request, **{**options, "timeout": thread.allowed})
 
     def renew_token(self, refresh: Callable[[Any], None], request: Any) -> None:
-        """Refresh the credentials in time. What the token source says may be odd and is asked again."""
+        """Refresh the credentials in time. An answer that cannot be understood is a fault that may pass."""
         from google.auth.exceptions import TransportError
 
         self.thread.due = time.monotonic() + self.patience()
@@ -871,10 +880,10 @@ class Sender:
             latency = max(response.elapsed.total_seconds(), 1e-6)
             result.latencies[round(math.log(latency, LATENCY_BASE))] = 1
         self.counts.append(result)
-        self.reached = self.reached or status < 400  # and not a proxy
+        self.reached = self.reached or status < 400  # what refuses may be a proxy
         if is_object or (status == 200 and "/o/" in request.url):
             content = response.content
-            thread.may_be_stored = False  # as it would be if the answer broke off: it is whole, and may be wrong
+            thread.may_be_stored = False  # the answer did not break off: if it is odd, it is somebody else's
             with understanding("what the bucket says of an object"):
                 answer = orjson.loads(content)
                 self.stored[answer["name"]] = int(answer["size"]), answer.get("crc32c")
@@ -938,13 +947,14 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
 
     blobs = {}  # by path
     for file in files:
-        blob = sender.bucket.blob(run.place_of(batch.day) + file.name, UPLOAD_CHUNK_BYTES)
+        blob = sender.bucket.blob(run.day_prefix(batch.day) + file.name, UPLOAD_CHUNK_BYTES)
         blob.crc32c = file.checksum  # the service compares, not the library
         blobs[os.path.join(batch.folder, file.name)] = blob
     content_type = "application/gzip" if run.gzip else "application/x-ndjson"
     pool = {"worker_type": transfer_manager.THREAD, "max_workers": run.transfer_workers}
     errors: dict[str, Any] = dict.fromkeys(blobs)
-    for is_uncertain in (None, True, False):  # again from the start: a session of the service may be lost
+    # All files, then again from the start those whose session was lost, apart if the object may be there.
+    for is_uncertain in (None, True, False):
         paths = [path for path, error in errors.items() if getattr(error, "is_uncertain", None) is is_uncertain]
         retry = functools.partial(sender.retrying, is_upload=True, is_uncertain=bool(is_uncertain))
         options = {"content_type": content_type, "checksum": None, "retry": retry}
@@ -968,11 +978,10 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
     is_answer_lost, is_readable = isinstance(error, FileExistsError), True
     if is_answer_lost:
         try:
-            blob.reload(retry=sender.retrying)
-            error = None
-        except CancelledError:
-            return Result()
+            error = blob.reload(retry=sender.retrying)
         except Exception as failure:
+            if isinstance(failure, CancelledError):
+                return Result()
             if cause_of(failure).startswith("HTTP 403"):  # the role may only create
                 is_readable, error = False, None
     size, checksum = sender.stored.pop(blob.name, (0, None))
@@ -1031,7 +1040,7 @@ def explain(error: BaseException, run: Run | None = None) -> str:
 
 def list_day(run: Run, plan: Plan, part: Slice, sender: Sender, day: date) -> Iterator[File]:
     """Yield what a day has in the slice's range of names, sorted. Raises client and OS errors."""
-    places, prefix = part.places, run.place_of(day)
+    places, prefix = part.places, run.day_prefix(day)
     first = make_file(run, part, places.start).name if places.start > 0 else ""
     end = make_file(run, part, places.stop).name if places.stop < plan.day_files else None
     if sender.bucket:
@@ -1055,7 +1064,7 @@ def read_listing(listing: Any, prefix: str) -> Iterator[File]:
             empty += 1
             for blob in page:
                 if not blob.name.startswith(prefix) or blob.name <= last:
-                    raise ValueError(f"{blob.name} comes after {last or prefix}")
+                    raise ValueError(f"{blob.name} is not in order below {prefix}")
                 if blob.size or not blob.name.endswith("/"):  # and no placeholder of a folder
                     yield File(blob.name[len(prefix) :], int(blob.size), checksum=blob.crc32c)
                 last, empty = blob.name, 0
@@ -1078,7 +1087,7 @@ def choose_files(run: Run, part: Slice, stored: Iterator[File], sender: Sender, 
             yield file._replace(size=listed.size, checksum=listed.checksum)
         elif run.verify:
             kind = "missing" if file else "unexpected"
-            sender.counts.append(Result(failures=[(kind, run.place_of(day) + name)], **{f"objects_{kind}": 1}))
+            sender.counts.append(Result(failures=[(kind, run.day_prefix(day) + name)], **{f"objects_{kind}": 1}))
         elif not file:
             sender.counts.append(Result(objects_unexpected=1))
         elif listed and listed.size and file.size in (None, listed.size):
@@ -1091,7 +1100,7 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
     """Compare what is stored of a batch with what should be, by size and CRC32C."""
 
     def compare(stored: File, file: File) -> Result:
-        name, checksum, problem = run.place_of(batch.day) + file.name, stored.checksum, "it has no CRC32C"
+        name, checksum, problem = run.day_prefix(batch.day) + file.name, stored.checksum, "it has no CRC32C"
         try:
             if stored.size != file.size:
                 checksum = ""  # nor is it read, as a pipe without an end is
@@ -1130,13 +1139,13 @@ def plan_batches(run: Run, plan: Plan, part: Slice, folder: str, sender: Sender)
         chosen = choose_files(run, part, list_day(run, plan, part, sender, day), sender, day)
         if run.verify:
             while files := [*itertools.islice(chosen, plan.batch_files)]:
-                yield Batch(day, os.path.join(folder, run.place_of(day)), files)
+                yield Batch(day, os.path.join(folder, run.day_prefix(day)), files)
             continue
         needed = array("Q", (file.place for file in chosen)) if run.resume else part.places
         count = -(-len(needed) // plan.batch_files)
         for number in scatter(range(count)):
             files = [make_file(run, part, place) for place in scatter(needed[number::count])]
-            name = f"{os.getpid()}.{number}.dt={day}" if run.bucket else run.place_of(day)
+            name = f"{os.getpid()}.{number}.dt={day}" if run.bucket else run.day_prefix(day)
             if run.bucket and not sender.accepted:  # one alone, in case the bucket is wrong
                 yield Batch(day, os.path.join(folder, f"first.{name}"), [files.pop(0)])
             if files:
@@ -1280,7 +1289,7 @@ def check_machine(run: Run, plan: Plan) -> None:
     limits = [*read_groups("", "memory.max"), *read_groups("memory", "memory.limit_in_bytes")]
     memory = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *itertools.chain(*limits)])
     # A process keeps 8 bytes a meter. While it sorts a block it has 40 more for each of its meters.
-    meters = plan.readings // len(plan.days) // (DAY_SECONDS // run.interval)
+    meters = plan.readings // len(plan.days) // run.day_rows
     needed = 8 * meters + 48 * min(BLOCK_METERS, meters) * len(plan.slices)
     if needed > memory:
         raise RunError(f"memory has {in_bytes(memory)}, not {in_bytes(needed)}; lower --meters or --processes")
@@ -1509,8 +1518,8 @@ def print_report(run: Run, record: dict[str, Any]) -> None:
     if record["exit_status"] > 128:
         say(f"stopped by {signal.Signals(record['exit_status'] - 128).name}; {again}")
     if record["objects_unexpected"] and not run.verify:
-        others = f"{record['objects_unexpected']:,} unexpected objects are in {run.destination()}"
-        say(f"{others}: another shape or seed there doubles the rows of every glob; see --prefix")
+        unexpected = f"unexpected objects in {run.destination()}: {record['objects_unexpected']:,}"
+        say(f"{unexpected}; another shape or seed there doubles the rows of every glob; see --prefix")
     kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped")
     found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
     objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))

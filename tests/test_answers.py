@@ -272,6 +272,7 @@ def test_a_refusal_of_one_process_ends_nothing_where_another_was_accepted(made: 
     with Server(fault=hold) as server:
         done = upload(server, *SMALL, "--processes", 2, "--temp-dir", tmp_path, "--json")
     only_failed(done, held, wanted, tmp_path)
+    assert len(held) == 1 and contents(server) == {name: wanted[name] for name in wanted if name not in held}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -234,6 +234,7 @@ def test_a_malformed_specification_is_one_line(tmp_path: Path, flaws: str, words
 def test_flaws_that_cannot_be_are_one_line(tmp_path: Path, flags: tuple, words: str) -> None:
     done = wattif(*flags, "--meters", 1, "--output-dir", tmp_path)
     refused(done, words)
+    assert not files_below(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_resume_says_what_it_does_not_make(tmp_path: Path) -> None:
         done = upload(server, *flags, "--resume", "--json", "--processes", 3)
     told = report(done)
     assert done.returncode == 0 and told["objects_done"] == 40 and told["objects_unexpected"] == 40
-    assert "\n40 unexpected objects are in gs://a-bucket: another shape or seed there doubles the rows" in done.stderr
+    assert "\nunexpected objects in gs://a-bucket: 40; another shape or seed there doubles the rows" in done.stderr
 
 
 def test_a_bucket_with_flaws_is_verified_and_resumed(tmp_path: Path) -> None:

@@ -403,6 +403,7 @@ def test_a_spool_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / SPOOL).touch()
     with Server() as server:
         refused(upload(server, *SMALL, "--temp-dir", tmp_path), str(tmp_path / SPOOL))
+    assert not server.requests and (tmp_path / SPOOL).is_file()
 
 
 def test_what_takes_the_place_of_the_spool_is_not_cleared(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -295,6 +296,16 @@ def test_after_two_requests_that_were_given_up_no_other_one_waits_as_long(tmp_pa
     assert done.returncode == 1 and "error: 79 uploads failed, at last " in done.stderr
     assert "HTTP 503: scripted; fix that, then run it again with --resume" in done.stderr
     assert time.monotonic() - started < 30
+
+
+def test_a_server_that_falls_silent_does_not_hold_the_run(tmp_path: Path) -> None:
+    # Timeouts narrow the uploads to one at a time. Forty that are given up after 3 s, one after the other, would take two minutes.
+    flags = (*DAY, "--interval", 86_400, "--meters", 200, "--batch-size", 40, "--processes", 1, "--retry-timeout", 3)
+    with Server(fault=lambda request: "stall" if request.number > 10 else None) as server:
+        started = time.monotonic()
+        done = upload(server, *flags, "--temp-dir", tmp_path)
+    assert done.returncode == 1 and re.search("error: [0-9]+ uploads failed, at last .*timed out", done.stderr)
+    assert time.monotonic() - started < 40
 
 
 def test_a_request_that_succeeds_ends_an_outage(tmp_path: Path) -> None:
