@@ -299,7 +299,7 @@ def test_after_two_requests_that_were_given_up_no_other_one_waits_as_long(tmp_pa
 
 
 def test_a_server_that_falls_silent_does_not_hold_the_run(tmp_path: Path) -> None:
-    # Timeouts narrow the uploads to one at a time. Forty that are given up after 3 s, one after the other, would take two minutes.
+    # Timeouts narrow the uploads to one at a time, and forty of them, each given up after 3 s, would take two minutes.
     flags = (*DAY, "--interval", 86_400, "--meters", 200, "--batch-size", 40, "--processes", 1, "--retry-timeout", 3)
     with Server(fault=lambda request: "stall" if request.number > 10 else None) as server:
         started = time.monotonic()
