@@ -31,11 +31,14 @@ import functools
 import hashlib
 import heapq
 import http.client
+import importlib.metadata
 import itertools
 import logging
 import math
 import mmap
 import multiprocessing.connection
+import operator
+import platform
 import random
 import re
 import resource
@@ -58,6 +61,8 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequ
 import google_crc32c  # with which the client library computes checksums
 import orjson
 from bloom_filter import BloomFilter
+
+VERSION = "2.0.0"
 
 log = logging.getLogger("wattif")
 
@@ -105,9 +110,18 @@ MAX_WAIT_SECONDS = 60.0  # for a response, and before a retry
 PAUSE_GROWTH = 1.3  # of a retry's longest pause, 1 s at first; with 2, batches wait for their last files
 SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its bytes take at this
 TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
-LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the requests
-INNER = ("latencies", "arrived_objects", "arrived_bytes", "thousandths")  # counts that no record has
+LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the uploads
 LATENCY_BASE = 1.05  # each bucket of the latency histogram is 5% wider than the one before
+THROTTLED = (429, 503)  # the statuses with which Cloud Storage asks for fewer requests
+MOST_SLOTS = 120  # of the timeline in the record
+EXACT_SECONDS = 6 * 3600  # for which it is kept to the second
+BUSY_SHARE = 0.6  # of the CPU: measured 0.68 to 1.07 in runs that it limits, at most 0.5 in others
+LATE_SECONDS = 0.05  # an upload may begin as long after its turn, or an interval if that is longer
+BARS = "▁▂▃▄▅▆▇█"
+NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+WORDS = {"error", "readings_sum", "throttling", "limited_by"}  # of the record that may be null and are no numbers
+RULE = re.compile(rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*")
 SECRET = re.compile(  # what is not told but for the name in front of it
     r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
     r"""[^\s&'"]+|(?<=//)\S+(?=@)|(?:(?<=Failed to parse: )|-----BEGIN).*"""
@@ -229,6 +243,14 @@ def parse_bucket(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket: {rule}")
 
 
+def parse_rule(text: str) -> str:
+    """Parse what is expected of a number of the record; argparse names the flag."""
+    match = RULE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY<NUMBER, KEY<=NUMBER, KEY>NUMBER or KEY>=NUMBER")
+    return "".join(match.groups())
+
+
 def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = None, **more: Any) -> Any:
     """Declare a setting and its flag: without a parser or a number's bounds, a switch."""
     options: dict[str, Any] = {"action": "store_true"}
@@ -257,7 +279,9 @@ class Run:
     resume: bool = flag("skip the objects that are there already")
     verify: bool = flag("upload nothing; compare names, sizes and CRC32C of what is there")
     dry_run: bool = flag("print the plan and stop")
-    json: bool = flag("print the report as a line of JSON on standard output")
+    json: bool = flag("print the record as a line of JSON on standard output")
+    record: bool = flag("put it beside the data, into _wattif/, once all is delivered")
+    expect: Any = flag("KEY<N: exit status 3 if not so; also <=, >, >=", None, "RULE", parse_rule, action="append")
     verbose: bool = flag("log each batch and decision")
     task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
     task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
@@ -271,6 +295,8 @@ class Run:
     transfer_workers: int = flag("uploads at once in a batch: max_workers", 16, "N", (1, 1024))
     retry_timeout: int = flag("time for a request, besides its bytes at 50 kB/s", 120, "SECONDS", (1, DAY_SECONDS))
     rps_limit: float | None = flag("objects a second at most", None, "R", (0.1, 10**6))
+    ramp: float | None = flag("objects a second at first; it doubles if answers are good", None, "R", (0.1, 10**6))
+    ramp_minutes: float = flag("in which it doubles", 20.0, "M", (0.01, 1440))
 
     @functools.cached_property
     def day_rows(self) -> int:
@@ -358,6 +384,20 @@ def make_plan(run: Run) -> Plan:
     return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, size, disk)
 
 
+def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
+    """Return settings and plan, under the names of the record."""
+    return {
+        "settings": {setting.name: getattr(run, setting.name) for setting in fields(run)},
+        "mode": "verify" if run.verify else "upload" if run.bucket else "write",
+        "destination": run.destination(),
+        "objects_planned": plan.objects,
+        "bytes_planned": plan.bytes,
+        "disk_bytes_planned": plan.disk_bytes,
+        "processes": len(plan.slices),
+        **count_rows(run, plan),
+    }
+
+
 def count_rows(run: Run, plan: Plan) -> dict[str, Any]:
     """Return the truth about the rows of this task, which needs no generation."""
     meter_days = plan.readings // run.day_rows
@@ -440,11 +480,72 @@ def make_file(run: Run, part: Slice, place: int) -> File:
 # --- Results, and the digits of the readings. ------------------------------------------------------
 
 
+class Sum:
+    """Counts that add up, field by field."""
+
+    def add(self, **counts: Any) -> None:
+        """Add counts to the fields of these names."""
+        for name, value in counts.items():
+            total = getattr(self, name)
+            if isinstance(total, Counter):
+                total.update(value)
+            elif value:
+                total += value  # in place: a sum would copy all failures each time
+                setattr(self, name, total)
+
+    def __iadd__(self, other: Any) -> Any:
+        self.add(**vars(other))
+        return self
+
+
 @dataclass
-class Result:
+class Slot(Sum):
+    """What happened in some seconds of a run."""
+
+    objects: int = 0  # that arrived
+    bytes: int = 0  # of objects
+    responses: Counter[int] = field(default_factory=Counter)  # by HTTP status
+    retries: int = 0
+    no_response: int = 0  # requests without one
+    asked: int = 0  # turns that were due
+    late: int = 0  # those that nobody took, or long after they were due
+    latencies: Counter[int] = field(default_factory=Counter)  # of uploads since they were due, by exponent
+    services: Counter[int] = field(default_factory=Counter)  # since they began, by exponent of LATENCY_BASE
+    first_uploads: int = 0  # of processes
+    last_files: int = 0  # of processes, which have no other file to upload
+    asked_more: float = 0.0  # objects a second by which the highest rate that was asked of a process rose
+    answer_seconds: float = 0.0  # for which upload connections waited for answers, and to be tried again
+    file_seconds: float = 0.0  # for files
+    turn_seconds: float = 0.0  # for their turn
+
+    def throttled(self) -> int:
+        """Return how many answers asked for fewer requests."""
+        return sum(self.responses[status] for status in THROTTLED)
+
+
+def slot_seconds(second: int) -> int:
+    """Return the length of the slot of a second: one at first, two after EXACT_SECONDS, four after twice that."""
+    return 1 << (second // EXACT_SECONDS).bit_length()
+
+
+class Timeline(dict):
+    """The slots of a run by the second in which they begin."""
+
+    def at(self, second: int) -> Slot:
+        """Return the slot of a second."""
+        return self.setdefault(second - second % slot_seconds(second), Slot())
+
+    def __iadd__(self, other: Any) -> Timeline:
+        for second, slot in other.items():
+            self.at(second).add(**vars(slot))
+        return self
+
+
+@dataclass
+class Result(Sum):
     """Counts and findings. Results add up to the run's, under the names of the record."""
 
-    error: str = ""  # why the run cannot go on
+    errors: list[str] = field(default_factory=list)  # why the run cannot go on
     objects_done: int = 0  # delivered; with --verify as they should be
     objects_skipped: int = 0  # that --resume found to be there
     objects_failed: int = 0
@@ -455,23 +556,11 @@ class Result:
     failures: list[tuple[str, str]] = field(default_factory=list)  # what is wrong, with which file
     files_left: int = 0  # whose upload failed
     bytes_left: int = 0  # of these files
+    slices_drawn: int = 0
     readings: int = 0  # in the objects done
     thousandths: int = 0  # sum of what can be read of them, with --flaws
     bytes: int = 0  # of the objects done
-    answers: Counter[int] = field(default_factory=Counter)  # by HTTP status
-    unanswered_requests: int = 0
-    retries: int = 0
-    latencies: Counter[int] = field(default_factory=Counter)  # by exponent of LATENCY_BASE
-    arrived_objects: int = 0  # that were answered, known before their batch ends
-    arrived_bytes: int = 0  # of requests with data, answered too
-
-    def __iadd__(self, other: Result) -> Result:
-        for name, value in vars(other).items():
-            if value and not (name == "error" and self.error):  # the first error stands
-                total = getattr(self, name)
-                total += value  # in place: a sum would copy all failures each time
-                setattr(self, name, total)
-        return self
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 def fatal_result(error: Exception, run: Run) -> Result:
@@ -483,14 +572,13 @@ def fatal_result(error: Exception, run: Run) -> Result:
     hint = "; lower --meters or workers" if isinstance(error, (MemoryError, RuntimeError)) else ""
     if getattr(error, "filename", None):
         hint = "; see --temp-dir, --max-disk and --batch-size" if run.bucket else "; see --output-dir"
-    return Result(f"cannot go on: {explain(error, None if hint else run)}{hint}")
+    return Result([f"cannot go on: {explain(error, None if hint else run)}{hint}"])
 
 
-def delivered(run: Run, file: File, is_new: bool = True) -> Result:
-    """Return the result of a file that is where it should be, new unless an answer counted it."""
-    size, readings = file.size or 0, run.day_rows * len(file.addresses)
-    counts = {"objects_done": 1, "readings": readings, "thousandths": file.thousandths, "bytes": size}
-    return Result(**counts, arrived_objects=is_new, arrived_bytes=is_new * size)
+def delivered(run: Run, file: File) -> Result:
+    """Return the result of a file that is where it should be."""
+    readings = run.day_rows * len(file.addresses)
+    return Result(objects_done=1, readings=readings, thousandths=file.thousandths, bytes=file.size or 0)
 
 
 @functools.lru_cache(maxsize=3)
@@ -686,10 +774,44 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
 # --- Uploading, by the other pool of threads: pace, retries, answers, failures. -------------------
 
 
-def next_turn(elapsed: float, rate: float, last: int) -> int:
-    """Return the first turn after `last` that is not past; turn n is due n / rate seconds in."""
-    # A turn that was due within the first `elapsed` seconds and that nobody took is lost.
-    return max(last + 1, math.ceil(elapsed * rate))
+def next_turn(now: float, last: float, interval: float) -> tuple[float, int]:
+    """Return when the next turn is due, on a grid from the last one on, and how many are lost by then.
+
+    All times are in seconds. A turn that is past is lost, unless it is the one after the last.
+    """
+    lost = max(0, math.ceil((now - last) / interval) - 1)
+    return last + (lost + 1) * interval, lost
+
+
+class Pace(NamedTuple):
+    """How fast a process uploads, and for how long it has not been faster."""
+
+    rate: float  # objects a second
+    held: float = 0.0  # seconds for which the rate has not grown
+    lowered: float = math.inf  # seconds since it was lowered
+
+
+def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float, most: float) -> Pace:
+    """Return the pace of --ramp after some more seconds.
+
+    With `faults`, the share of answers 429 and 503 and of requests without an answer, or None if nothing was answered:
+
+        rate * 0.75                         above 5%
+        rate * 0.9                          above 1%, if the rate has been held for doubling / 5
+        rate                                above 1%, or None
+        rate * 2 ** (seconds / doubling)    otherwise, at most `most`
+
+    A rate that was lowered is held for doubling / 5, and is never below 0.1. `doubling` is 20 minutes or more where the
+    bucket is to be warmed up as https://cloud.google.com/storage/docs/request-rate asks.
+    """
+    held, lowered = pace.held + seconds, pace.lowered + seconds
+    if lowered < doubling / 5 or faults is None:
+        return Pace(pace.rate, held, lowered)
+    if faults > 0.05 or (faults > 0.01 and held >= doubling / 5):
+        return Pace(max(0.1, pace.rate * (0.75 if faults > 0.05 else 0.9)), 0.0, 0.0)
+    if faults > 0.01:
+        return Pace(pace.rate, held, lowered)
+    return Pace(max(pace.rate, min(most, pace.rate * 2 ** (seconds / doubling))), 0.0, lowered)
 
 
 class ThreadState(threading.local):
@@ -700,6 +822,9 @@ class ThreadState(threading.local):
     is_sized: bool  # whether it is known how many bytes it has
     began: float  # when the try did, on the monotonic clock, as all moments here
     due: float  # when its answer must be there
+    status: int  # of its response, 0 before that
+    arrived: dict[str, Any]  # what of an object did, by fields of a Slot
+    turn: float  # when the upload was due to begin
     allowed: float  # seconds from its sending to then
     is_between_chunks: bool = False  # of an object that has one budget
     is_last_part: bool = False  # whether the object is whole with what is sent now
@@ -719,9 +844,13 @@ class Sender:
     run: Run
     stop: ctypes.c_byte
     credentials: Any  # None for an emulator
-    start: float  # when turn 0 is due, on the monotonic clock
-    rate: float | None = None  # objects a second, None without a limit
-    turn: int = -1  # the last one that was taken
+    start: float  # of the run, on the monotonic clock
+    share: float = 1.0  # of the run's files
+    turn: float = 0.0  # when the last turn was due; at first, one of the grid
+    pace: Pace | None = None  # None without a limit
+    paced: float | None = None  # when it was last adapted
+    highest: float = 0.0  # rate so far
+    recent: deque[tuple[float, bool]] = field(default_factory=deque)  # when requests ended, and whether by a fault
     turn_lock: threading.Lock = field(default_factory=threading.Lock)
     limit: float = 1.0  # how many uploads may be under way now
     busy: int = 0  # how many are
@@ -731,10 +860,27 @@ class Sender:
     accepted_any: ctypes.c_byte = field(default_factory=shared_byte)  # whether it has of any process
     reached: bool = False  # whether the service has answered
     given_up: int = 0  # requests given up since one last succeeded
-    counts: deque[Result] = field(default_factory=deque)  # since they were last taken
+    counts: deque[tuple[int | None, dict[str, Any]]] = field(default_factory=deque)  # by second, not yet taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
     thread: ThreadState = field(default_factory=ThreadState)
     bucket: Any = None  # once it is open
+
+    def count(self, moment: float | None = None, **counts: Any) -> None:
+        """Count what happens now, or at another moment, in the slot of that second."""
+        second = int((time.monotonic() if moment is None else moment) - self.start)
+        self.counts.append((second, counts))  # which needs no lock
+
+    def note(self, **counts: Any) -> None:
+        """Count what has no moment, in the result of the process."""
+        self.counts.append((None, counts))
+
+    def take_counted(self) -> Result:
+        """Return what was counted since it was last taken."""
+        taken = Result()
+        for _ in range(len(self.counts)):  # other threads go on counting
+            second, counts = self.counts.popleft()
+            (taken if second is None else taken.timeline.at(second)).add(**counts)
+        return taken
 
     def retrying(self, request: Callable, is_upload: bool = False, is_uncertain: bool = False) -> Any:
         """Return a function that makes a request, again if it fails: the library's retry."""
@@ -755,7 +901,8 @@ class Sender:
             pause = min(next(pauses), thread.spare - 1)  # the last try has the last second
             thread.spare -= pause
             self.wait_until(time.monotonic() + pause)
-            self.counts.append(Result(retries=int(not self.stop.value)))
+            if not self.stop.value:
+                self.count(retries=1, answer_seconds=pause * is_upload)
 
         # The library decides what is worth a retry. Its pauses and its timeouts are replaced.
         retry = DEFAULT_RETRY.with_delay(initial=0.0, maximum=0.0).with_timeout(None)
@@ -769,6 +916,8 @@ class Sender:
                 raise CancelledError
             thread.began = time.monotonic()
             thread.due = thread.began + self.patience()  # for a token
+            if not is_upload or thread.is_between_chunks:
+                thread.turn = thread.began
             thread.is_between_chunks = thread.is_last_part = thread.may_be_stored = False
             try:
                 response = request()
@@ -792,15 +941,17 @@ class Sender:
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """Wait until an upload may begin, and hold its place among those under way."""
+        entered = time.monotonic()
         with self.changed:
             while self.busy >= int(self.limit) and not self.stop.value:
                 self.changed.wait(TICK_SECONDS)
             self.busy += 1
+        self.thread.turn = now = time.monotonic()
+        if now - entered > TICK_SECONDS / 100:
+            self.count(answer_seconds=now - entered)
         try:
-            if self.rate and not self.thread.is_between_chunks:
-                with self.turn_lock:  # threads queue, so none takes a turn early
-                    self.turn = next_turn(time.monotonic() - self.start, self.rate, self.turn)
-                    self.wait_until(self.start + self.turn / self.rate)
+            if self.pace and not self.thread.is_between_chunks:
+                self.thread.turn = self.take_turn()
             yield
             self.adjust(timed_out=False)
         except Exception as error:
@@ -825,6 +976,43 @@ class Sender:
             elif not timed_out and now - began < self.thread.allowed / 4:
                 self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
 
+    def take_turn(self) -> float:
+        """Wait for the next turn. Counts it and those that nobody took; returns when the first of them was due."""
+        entered = time.monotonic()
+        with self.turn_lock:  # threads queue, so none takes a turn early
+            now = time.monotonic()
+            interval = 1 / self.rate_at(now)
+            if not self.accepted:  # a process begins with one upload; no turn is lost before that is answered
+                self.turn += (now - self.turn) // interval * interval
+            first = self.turn + interval
+            self.turn, lost = next_turn(now, self.turn, interval)
+            due = self.turn
+            self.wait_until(due)
+        now = time.monotonic()
+        seconds = Counter(int(first + number * interval - self.start) for number in range(lost))
+        for second, turns in seconds.items():
+            self.count(self.start + second, asked=turns, late=turns)
+        is_late = now - due > max(interval, LATE_SECONDS)
+        self.count(due, asked=1, late=int(is_late), turn_seconds=now - entered)
+        return first
+
+    def rate_at(self, now: float) -> float:
+        """Return how many objects a second may begin now, with --ramp by what the bucket answers."""
+        run, pace = self.run, self.pace or Pace(math.inf)
+        doubling = 60 * run.ramp_minutes
+        window = min(10.0, doubling / 10)
+        self.paced = self.paced or now
+        if run.ramp and now - self.paced >= window / 10:
+            while self.recent and self.recent[0][0] < now - window:
+                self.recent.popleft()
+            ends = [is_fault for _, is_fault in list(self.recent)]
+            faults = sum(ends) / len(ends) if ends else None
+            pace = next_pace(pace, now - self.paced, faults, doubling, self.share * (run.rps_limit or math.inf))
+            self.pace, self.paced = pace, now
+        self.count(asked_more=max(0.0, pace.rate - self.highest))
+        self.highest = max(self.highest, pace.rate)
+        return pace.rate
+
     def wait_until(self, due: float) -> None:
         """Wait until a time of the monotonic clock, or until the run stops."""
         while not self.stop.value and (left := due - time.monotonic()) > 0:
@@ -840,11 +1028,32 @@ class Sender:
         if not thread.is_sized:
             thread.sending, thread.is_sized = needed, True
         thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
-        thread.due = time.monotonic() + thread.allowed
+        began, thread.status, thread.arrived = time.monotonic(), 0, {}
+        thread.due = began + thread.allowed
         part = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
         thread.is_last_part = "=multipart" in request.url or bool(part and int(part[1]) + 1 == int(part[2]))
-        self.counts.append(Result(unanswered_requests=1))  # until the answer comes
-        return send(request, **{**options, "timeout": thread.allowed})
+        self.count(began, no_response=1)  # until the answer comes
+        try:
+            return send(request, **{**options, "timeout": thread.allowed})
+        finally:
+            self.count_request(began, request.method != "GET")
+
+    def count_request(self, began: float, is_upload: bool) -> None:
+        """Count a request that has ended, with what its response said, if there was one."""
+        thread, now = self.thread, time.monotonic()
+        status = thread.status
+        counts: dict[str, Any] = {**thread.arrived}
+        if status:
+            counts["responses"] = {status: 1}
+            self.count(began, no_response=-1)
+        if is_upload:
+            counts["answer_seconds"] = now - began
+            # What is refused or reset at once would flatter, and what is throttled.
+            if (status and status not in THROTTLED) or (not status and now >= thread.due):
+                counts.update(latencies={bucket_of(now - thread.turn): 1}, services={bucket_of(now - began): 1})
+            if self.run.ramp:
+                self.recent.append((now, status in THROTTLED or not status))
+        self.count(now, **counts)
 
     def renew_token(self, refresh: Callable[[Any], None], request: Any) -> None:
         """Refresh the credentials in time. An answer that cannot be understood is a fault that may pass."""
@@ -873,20 +1082,19 @@ class Sender:
         is_last_part, thread.is_last_part = thread.is_last_part, False  # nor of what is asked for a token now
         thread.may_be_stored = is_last_part and (status in (200, 408) or status >= 500)
         is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
-        size = len(request.body or b"") if status in (200, 308) else 0
-        result = Result(answers=Counter([status]), arrived_objects=is_object, arrived_bytes=size)
-        result.unanswered_requests = -1  # which was counted when it was sent
-        if request.method != "GET":
-            latency = max(response.elapsed.total_seconds(), 1e-6)
-            result.latencies[round(math.log(latency, LATENCY_BASE))] = 1
-        self.counts.append(result)
+        thread.status = status
+        if request.method == "PUT" and status in (200, 308):
+            thread.arrived["bytes"] = len(request.body or b"")
         self.reached = self.reached or status < 400  # what refuses may be a proxy
         if is_object or (status == 200 and "/o/" in request.url):
             content = response.content
             thread.may_be_stored = False  # the answer did not break off: if it is odd, it is somebody else's
             with understanding("what the bucket says of an object"):
                 answer = orjson.loads(content)
-                self.stored[answer["name"]] = int(answer["size"]), answer.get("crc32c")
+                size = int(answer["size"])
+                self.stored[answer["name"]] = size, answer.get("crc32c")
+                if is_object:
+                    thread.arrived = {"bytes": size, **thread.arrived, "objects": 1}
         sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
         is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not is_last_part
         if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
@@ -940,9 +1148,12 @@ def open_bucket(run: Run, sender: Sender) -> Any:
 
 def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[File]]) -> list[Result]:
     """Upload a batch once it is written, delete what arrived, and return a result for each file."""
+    began = time.monotonic()
     files = written.result()
     if not run.bucket:  # it stays where it is
+        sender.count(objects=len(files), bytes=sum(file.size or 0 for file in files))
         return [delivered(run, file) for file in files]
+    sender.count(file_seconds=(time.monotonic() - began) * min(run.transfer_workers, len(batch.files)))
     from google.cloud.storage import transfer_manager
 
     blobs = {}  # by path
@@ -992,9 +1203,12 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
         fatal = "" if sender.accepted_any.value else f"nothing was accepted: {reason}"
         if re.match(f"the token source.*({TOKEN_REFUSED})", reason, re.I):  # nor will it give another one
             fatal = fatal or reason
-        return Result(fatal, objects_failed=1, failures=[(reason, path)])
+        return Result([fatal] if fatal else [], objects_failed=1, failures=[(reason, path)])
+    sender.count(
+        first_uploads=int(not sender.accepted), objects=int(is_answer_lost), bytes=is_answer_lost * (file.size or 0)
+    )
     sender.accepted = sender.accepted_any.value = True
-    return delivered(run, file, is_answer_lost)
+    return delivered(run, file)
 
 
 def cause_of(error: BaseException) -> str:
@@ -1087,11 +1301,11 @@ def choose_files(run: Run, part: Slice, stored: Iterator[File], sender: Sender, 
             yield file._replace(size=listed.size, checksum=listed.checksum)
         elif run.verify:
             kind = "missing" if file else "unexpected"
-            sender.counts.append(Result(failures=[(kind, run.day_prefix(day) + name)], **{f"objects_{kind}": 1}))
+            sender.note(failures=[(kind, run.day_prefix(day) + name)], **{f"objects_{kind}": 1})
         elif not file:
-            sender.counts.append(Result(objects_unexpected=1))
+            sender.note(objects_unexpected=1)
         elif listed and listed.size and file.size in (None, listed.size):
-            sender.counts.append(Result(objects_skipped=1))
+            sender.note(objects_skipped=1)
         else:
             yield file
 
@@ -1119,6 +1333,7 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
             return Result(objects_different=1, failures=[("different", name)])
         if checksum is None:
             return Result(objects_unchecked=1, failures=[(f"unchecked ({problem})", name)])
+        sender.count(objects=1, bytes=file.size)
         return delivered(run, file)
 
     with ThreadPoolExecutor(run.transfer_workers) as pool:
@@ -1161,6 +1376,7 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
     with plan_executor, write_executor, upload_executor:
         try:
             part = draw_slice(run, plan, places, sender.stop)
+            sender.note(slices_drawn=1)
             keep_freed_memory()  # but not that of the drawing; before there is a thread
             sender.bucket = open_bucket(run, sender) if run.bucket else None
             batches = plan_batches(run, plan, part, folder, sender)
@@ -1178,6 +1394,9 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
                     yield collect(run, pending)
         except Exception as error:
             yield fatal_result(error, run)
+        while len(pending) >= run.upload_workers:
+            yield collect(run, pending)
+        sender.count(last_files=int(sender.accepted))
         while pending:
             yield collect(run, pending)
 
@@ -1198,22 +1417,23 @@ def collect(run: Run, pending: list[Future[list[Result]]], *others: Future[Any])
 
 def run_slice(run: Run, plan: Plan, folder: str, sender: Sender, places: range) -> Iterator[Result]:
     """Yield the results of a slice. An error stops the whole run."""
-    if run.rps_limit:
-        sender.rate = run.rps_limit * len(places) / plan.day_files
-        sender.start += places.start / plan.day_files / sender.rate  # all processes alternate
+    rate = run.ramp or run.rps_limit
+    if rate:
+        sender.share = len(places) / plan.day_files
+        sender.pace = Pace(rate * sender.share)
+        sender.turn = sender.start + places.start / plan.day_files / sender.pace.rate  # all processes alternate
     failed = listed = 0
     last = [Result()]  # with what was counted since the end of the last batch
     for result in itertools.chain(run_batches(run, plan, places, folder, sender), last):
-        for _ in range(len(sender.counts)):  # other threads go on counting
-            result += sender.counts.popleft()
+        result += sender.take_counted()
         failed += result.objects_failed
         if result.objects_failed and failed >= max(2, plan.batch_files):
             reason, path = result.failures[-1]
-            result += Result(f"{failed:,} uploads failed, at last {path}: {reason}")
+            result.errors.append(f"{failed:,} uploads failed, at last {path}: {reason}")
         if run.verify:
             del result.failures[max(0, MAX_DIFFERENCES - listed) :]
             listed += len(result.failures)
-        if result.error and not sender.stop.value:  # at once, for the parent may be slow
+        if result.errors and not sender.stop.value:  # at once, for the parent may be slow
             sender.stop.value = FAILED
         yield result
 
@@ -1333,7 +1553,7 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
             children[ours] = (places, child)
     except OSError as error:
         stop.value = stop.value or FAILED
-        yield Result(f"cannot start {len(plan.slices)} processes: {error.strerror}; lower --processes")
+        yield Result([f"cannot start {len(plan.slices)} processes: {error.strerror}; lower --processes"])
     while children:
         yield Result()
         for ours in multiprocessing.connection.wait(list(children), TICK_SECONDS):
@@ -1368,6 +1588,180 @@ def handle_signals() -> ctypes.c_byte:
     return stop
 
 
+# --- Measuring: what the timeline says of the bucket. ----------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def bucket_of(seconds: float) -> int:
+    """Return the bucket of a latency: the exponent of LATENCY_BASE that gives its upper bound."""
+    return math.ceil(math.log(max(seconds, 1e-6), LATENCY_BASE))
+
+
+def percentile(latencies: Counter[int], share: float) -> float | None:
+    """Return the seconds within which a share of the responses came, to 2.5%; None without any."""
+    wanted, buckets = share * sum(latencies.values()), sorted(latencies)
+    reached = itertools.accumulate(latencies[bucket] for bucket in buckets)
+    within = (bucket for bucket, count in zip(buckets, reached) if count >= wanted)
+    return next((round(LATENCY_BASE ** (bucket - 0.5), 6) for bucket in within), None)
+
+
+def per_second(timeline: Timeline, elapsed: float) -> list[Slot]:
+    """Return a slot for each second of a run; one that was longer is that of its first second."""
+    nothing = Slot()
+    return [timeline.get(second, nothing) for second in range(max([int(elapsed), *timeline]) + 1)]
+
+
+def fold(seconds: Sequence[Slot], most: int) -> tuple[int, list[Slot]]:
+    """Add up slots to at most `most` ones of equal length. Returns this length, and them."""
+    length = -(-len(seconds) // most) or 1
+    folded = [Slot() for _ in range(0, len(seconds), length)]
+    for second, slot in enumerate(seconds):
+        folded[second // length].add(**vars(slot))
+    return length, folded
+
+
+def throttled_share(slots: Sequence[Slot]) -> float:
+    """Return the share of throttled answers."""
+    answers = sum(sum(slot.responses.values()) for slot in slots)
+    return sum(slot.throttled() for slot in slots) / max(1, answers)
+
+
+def find_throttling(seconds: Sequence[Slot]) -> int | None:
+    """Return the first throttled second from which on ten seconds have over 1% of throttled answers."""
+    begins = (second for second, slot in enumerate(seconds) if slot.throttled())
+    return next((second for second in begins if throttled_share(seconds[second : second + 10]) > 0.01), None)
+
+
+def find_sustained(seconds: Sequence[Slot], elapsed: float) -> float | None:
+    """Return the most objects a second over a window of whole seconds with under 1% of throttled answers.
+
+    It has a tenth of the run, from 5 to 60 seconds. None if there is no such window.
+    """
+    width = min(60, max(5, int(elapsed / 10)))
+    columns = [(slot.objects, slot.throttled(), sum(slot.responses.values())) for slot in seconds[: int(elapsed)]]
+    sums = [[0, *itertools.accumulate(column)] for column in zip(*columns)]
+    best = None
+    for first in range(len(columns) - width + 1):
+        objects, throttled, answers = (column[first + width] - column[first] for column in sums)
+        if 100 * throttled < max(1, answers):
+            best = max(best or 0, objects)
+    return None if best is None else round(best / width, 3)
+
+
+def find_steady(seconds: Sequence[Slot]) -> tuple[int, int]:
+    """Return the range of seconds in which every process had files to upload."""
+    begun = [second for second, slot in enumerate(seconds) if slot.first_uploads]
+    ended = [second for second, slot in enumerate(seconds) if slot.last_files]
+    return (begun[-1] + 1, ended[0]) if begun and ended else (0, 0)
+
+
+def make_record(progress: Progress, signum: int) -> dict[str, Any]:
+    """Return the record of a run, which a signal may have stopped: see README."""
+    run, plan, total = progress.run, progress.plan, progress.total
+    elapsed = max(time.monotonic() - progress.started, 1e-3)
+    seconds = per_second(total.timeline, elapsed)
+    whole = fold(seconds, 1)[1][0]
+    incomplete = total.objects_done + total.objects_skipped != plan.objects
+    status = int(bool(incomplete or (run.verify and total.objects_unexpected) or total.errors or total.failures))
+    units, part = divmod(total.thousandths, 1000)
+    readings_sum = f"{units}.{part:03d}" if run.flaws and total.objects_done == plan.objects else None
+    counts = {name: value for name, value in vars(total).items() if re.match("(objects|files|bytes)", name)}
+    return {
+        "started": f"{progress.date:%Y-%m-%dT%H:%M:%SZ}",
+        "host": platform.node(),
+        "wattif": VERSION,
+        "python": platform.python_version(),
+        "google_cloud_storage": importlib.metadata.version("google-cloud-storage"),
+        **plan_record(run, plan),
+        "exit_status": 128 + signum if signum > 0 and status else status,
+        "error": total.errors[0] if total.errors else None,
+        **counts,
+        "failures": [*name_failures(total.failures, run.verify)],
+        "readings": total.readings,
+        "readings_sum": readings_sum,
+        "elapsed_seconds": round(elapsed, 3),
+        "mean_objects_per_second": round(total.objects_done / elapsed, 3),
+        "mean_bytes_per_second": round(total.bytes / elapsed),
+        **measure_rates(progress, seconds, elapsed),
+        "responses": whole.responses,
+        "throttled": whole.throttled(),
+        "no_response": whole.no_response,
+        "retries": whole.retries,
+        "late_starts": whole.late,
+        **{f"latency_{name}_seconds": percentile(whole.latencies, p) for name, p in LATENCY_SHARES.items()},
+        **{f"service_{name}_seconds": percentile(whole.services, p) for name, p in LATENCY_SHARES.items()},
+        "latency_histogram": {f"{LATENCY_BASE**n:.6g}": count for n, count in sorted(whole.latencies.items())},
+        **find_shares(progress, whole, elapsed),
+        "timeline": [*list_slots(seconds)],
+        "expectations": [],
+    }
+
+
+def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -> dict[str, Any]:
+    """Return what was asked of the bucket, what it took, and since when it throttled."""
+    run, plan = progress.run, progress.plan
+    share = plan.objects / len(plan.days) / plan.day_files
+    asked = round(run.rps_limit * share, 3) if run.rps_limit else None
+    first, last = find_steady(seconds)
+    length, steady = fold(seconds[first:last], MOST_SLOTS)
+    rates = {}
+    for name in ("objects", "bytes"):
+        counts = sorted(getattr(slot, name) for slot in steady[: (last - first) // length])  # whole ones
+        rates[f"steady_{name}_per_second"] = round(counts[len(counts) // 2] / length, 3) if last - first >= 5 else None
+        peaks = (getattr(slot, name) / slot_seconds(second) for second, slot in enumerate(seconds))
+        rates[f"peak_{name}_per_second"] = round(max(sum(getattr(slot, name) for slot in seconds) / elapsed, *peaks), 3)
+    onset = find_throttling(seconds)
+    throttling = None
+    if onset is not None:
+        before = seconds[max(0, onset - 10) : onset]
+        since = [slot.objects for slot in seconds[onset : last if last > onset else int(elapsed)]]
+        throttling = {
+            "second": onset,
+            "utc": f"{progress.date + timedelta(seconds=onset):%Y-%m-%dT%H:%M:%SZ}",
+            "objects_per_second": round(sum(slot.objects for slot in before) / max(1, len(before)), 3),
+            "objects_per_second_since": round(sum(since) / max(1, len(since)), 3),
+        }
+    return {
+        "asked_objects_per_second": round(sum(slot.asked_more for slot in seconds), 3) if run.ramp else asked,
+        **rates,
+        "tail_seconds": round(elapsed - last, 3) if last else None,
+        "sustained_objects_per_second": find_sustained(seconds, elapsed) if run.bucket and not run.verify else None,
+        "throttling": throttling,
+    }
+
+
+def find_shares(progress: Progress, whole: Slot, elapsed: float) -> dict[str, Any]:
+    """Return how busy the CPU was, what the upload connections waited for, and what limited the run by that."""
+    run, plan = progress.run, progress.plan
+    processes, is_upload = max(1, len(plan.slices)), bool(run.bucket) and not run.verify
+    connections = processes * run.upload_workers * min(run.transfer_workers, plan.batch_files)
+    cpu = (cpu_seconds() - progress.cpu_before) / elapsed / min(processes, count_cores())
+    shares: dict[str, Any] = {"cpu_share": round(cpu, 3)}
+    for name in ("answer", "file", "turn"):
+        waited = getattr(whole, f"{name}_seconds") / connections / elapsed
+        shares[f"{name}_share"] = round(waited, 3) if is_upload else None
+    limit = None
+    if whole.objects and not run.verify:
+        waits = {"bucket": shares["answer_share"], "disk": shares["file_share"], "rps-limit": shares["turn_share"]}
+        limit = max(waits, key=lambda name: waits[name]) if is_upload else "disk"
+        limit = "cpu" if limit != "rps-limit" and cpu > BUSY_SHARE else limit
+    return {"limited_by": limit, **shares, "upload_connections": connections if is_upload else 0}
+
+
+def list_slots(seconds: Sequence[Slot]) -> Iterator[dict[str, Any]]:
+    """Yield the slots of the timeline in the record."""
+    length, slots = fold(seconds, MOST_SLOTS)
+    for number, slot in enumerate(slots):
+        counts = {name: getattr(slot, name) for name in ("objects", "bytes", "responses", "retries", "no_response")}
+        times = {name: percentile(slot.latencies, LATENCY_SHARES[name]) for name in ("p50", "p99")}
+        yield {"second": number * length, "seconds": length, **counts, "late": slot.late, "asked": slot.asked, **times}
+
+
 # --- Reporting: standard error is for people, standard output for programs. -----------------------
 
 
@@ -1394,6 +1788,28 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
+def least_seconds(run: Run, plan: Plan) -> float:
+    """Return how long a run takes at the rate that it asks for, if all goes well.
+
+    A ramp from S objects a second on that doubles in M seconds has S * M / ln 2 * (2 ** (t / M) - 1) of them after t.
+    """
+    objects, limit = len(plan.days) * plan.day_files, run.rps_limit or math.inf
+    if not run.ramp:
+        return objects / limit
+    doubling = 60 * run.ramp_minutes
+    scale = run.ramp * doubling / math.log(2)
+    ramped = min(objects, (limit / run.ramp - 1) * scale)
+    return doubling * math.log2(1 + ramped / scale) + (objects - ramped) / limit
+
+
+def describe_rate(run: Run) -> str:
+    """Say how many objects a second a run asks for."""
+    most = f"at most {run.rps_limit:,g} objects/s" if run.rps_limit else ""
+    if not run.ramp:
+        return most
+    return f"{run.ramp:,g} objects/s, doubled every {run.ramp_minutes:g} min{', ' if most else ''}{most}"
+
+
 def describe_plan(run: Run, plan: Plan) -> None:
     """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
@@ -1411,6 +1827,8 @@ def describe_plan(run: Run, plan: Plan) -> None:
     say(f"objects      {plan.objects:,} of {inexact}{largest:,} bytes")
     say(f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}")
     say(f"processes    {len(plan.slices)}")
+    if run.ramp or run.rps_limit:
+        say(f"rate         {describe_rate(run)}; at least {in_time(least_seconds(run, plan))}")
     if not run.verify:
         disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
         say(f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}")
@@ -1418,22 +1836,24 @@ def describe_plan(run: Run, plan: Plan) -> None:
 
 
 class Progress:
-    """What a run has done so far: shown on a terminal, logged elsewhere, a record at the end."""
+    """What a run has done so far: shown on a terminal, logged elsewhere."""
 
-    def __init__(self, run: Run, plan: Plan) -> None:
-        self.run, self.plan, self.total = run, plan, Result()
+    def __init__(self, run: Run, plan: Plan, stop: ctypes.c_byte) -> None:
+        self.run, self.plan, self.stop, self.total = run, plan, stop, Result()
         self.started = self.shown = time.monotonic()
-        self.objects, self.bytes = array("Q", [0]), array("Q", [0])  # that arrived, by second
+        self.date, self.cpu_before = datetime.now(timezone.utc), cpu_seconds()
+        self.arrived = self.retries = 0  # objects and requests
+        self.first = 0.0  # when the first object came
 
     def add(self, result: Result) -> None:
         """Add a result, and show the progress if it is time to."""
         now, interactive = time.monotonic(), on_terminal()
-        second = int(now - self.started)
         self.total += result
-        for arrived in (self.objects, self.bytes):
-            arrived.extend([0] * (second + 1 - len(arrived)))
-        self.objects[second] += result.arrived_objects
-        self.bytes[second] += result.arrived_bytes
+        for slot in result.timeline.values():
+            self.arrived += slot.objects
+            self.retries += slot.retries
+        if self.arrived and not self.first:
+            self.first = now - TICK_SECONDS
         if now - self.shown < (TICK_SECONDS if interactive else LOG_SECONDS):
             return
         self.shown = now
@@ -1444,47 +1864,22 @@ class Progress:
 
     def live_line(self, width: int) -> str:
         """Say how far the run is, in at most `width` characters; what matters least is cut off."""
-        total, planned = self.total, max(1, self.plan.objects)
-        handled = sum(self.objects) + total.objects_failed + total.objects_missing + total.objects_different
+        total, planned, now = self.total, max(1, self.plan.objects), time.monotonic()
+        handled = self.arrived + total.objects_failed + total.objects_missing + total.objects_different
         done = min(handled + total.objects_skipped, planned)
-        pace = (time.monotonic() - self.started) / max(1, handled)  # seconds for each object
-        left = timedelta(seconds=round(pace * (planned - done))) if handled else "?"
-        lately = self.bytes[-11:-1] or self.bytes  # the last ten whole seconds
-        speed = in_bytes(sum(lately) / len(lately))
+        left = timedelta(seconds=round((now - self.first) / handled * (planned - done))) if self.first else "?"
+        state = f"{left} left"
+        if self.stop.value:
+            state = "stopping"
+        elif total.slices_drawn < len(self.plan.slices) and not handled:
+            state = "drawing the fleet"
+        second = max(1, int(now - self.started))
+        lately = range(max(0, second - 10), second)  # whole seconds
+        speed = sum(total.timeline.at(one).bytes for one in lately) / len(lately)
+        failed = f"{total.objects_failed:,} failed  " if total.objects_failed else ""
         bar = f"[{'#' * (20 * done // planned):.<20}]  " if width > 70 else ""
-        line = f"{100 * done // planned:3d}%  {bar}{done:,}/{planned:,} objects  {speed}/s  {left} left"
-        return f"{line}  {total.retries:,} retries"[:width]
-
-    def record(self, signum: int) -> dict[str, Any]:
-        """Return the report of a run, which a signal may have stopped: see README."""
-        run, total = self.run, self.total
-        elapsed = max(time.monotonic() - self.started, 1e-3)
-        incomplete = total.objects_done + total.objects_skipped != self.plan.objects
-        status = int(bool(incomplete or (run.verify and total.objects_unexpected) or total.error or total.failures))
-        whole, part = divmod(total.thousandths, 1000)
-        readings_sum = f"{whole}.{part:03d}" if run.flaws and total.objects_done == self.plan.objects else None
-        slot_seconds = len(self.bytes) // 60 + 1  # so that there are at most 60
-        slots = (self.bytes[first : first + slot_seconds] for first in range(0, len(self.bytes), slot_seconds))
-        return {
-            "mode": "verify" if run.verify else "upload" if run.bucket else "write",
-            "destination": run.destination(),
-            "exit_status": 128 + signum if signum > 0 and status else status,
-            "objects_planned": self.plan.objects,
-            **count_rows(run, self.plan),
-            "readings_sum": readings_sum,
-            **{name: value for name, value in vars(total).items() if name not in INNER},
-            "failures": [*name_failures(total.failures, run.verify)],
-            "error": total.error or None,
-            "elapsed_seconds": round(elapsed, 3),
-            "mean_bytes_per_second": round(total.bytes / elapsed),
-            "mean_objects_per_second": round(total.objects_done / elapsed, 3),
-            "peak_bytes_per_second": round(max(*self.bytes, sum(self.bytes) / elapsed)),
-            "peak_objects_per_second": round(float(max(*self.objects, sum(self.objects) / elapsed)), 3),
-            **{f"latency_{name}_seconds": percentile(total.latencies, p) for name, p in LATENCY_SHARES.items()},
-            "throttled_answers": total.answers[429] + total.answers[503],
-            "throughput_bytes": [*map(sum, slots)],
-            "throughput_slot_seconds": slot_seconds,
-        }
+        line = f"{100 * done // planned:3d}%  {bar}{done:,}/{planned:,} objects  {failed}{in_bytes(speed)}/s  {state}"
+        return f"{line}  {self.retries:,} retries"[:width]
 
 
 def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator[str]:
@@ -1497,16 +1892,73 @@ def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator
         yield f"{first}{f' and {len(others):,} more' if others else ''}: {reason}"
 
 
-def percentile(latencies: Counter[int], share: float) -> float:
-    """Return the seconds within which a share of the responses came, to 2.5%; 0 without any."""
-    wanted, exponents = share * sum(latencies.values()), sorted(latencies)
-    reached = itertools.accumulate(latencies[exponent] for exponent in exponents)
-    within = (exponent for exponent, count in zip(exponents, reached) if count >= wanted)
-    return next((round(LATENCY_BASE**exponent, 6) for exponent in within), 0.0)
+def in_time(seconds: float) -> str:
+    """Write a duration in its two largest units, or in seconds or milliseconds."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
 
 
-def print_report(run: Run, record: dict[str, Any]) -> None:
+def draw_rows(kind: str, seconds: Sequence[Slot], width: int) -> Iterator[str]:
+    """Yield what arrived, the throttled share and the slowest answers as bars on one time axis, with their extremes."""
+    length, slots = fold(seconds, width)
+    objects, size = ([getattr(slot, name) / length for slot in slots] for name in ("objects", "bytes"))
+    shares = [throttled_share([slot]) for slot in slots]
+    p99 = [percentile(slot.latencies, 0.99) or 0.0 for slot in slots]
+    slowest = f"{in_time(min(filter(None, p99), default=0))} to {in_time(max(p99))}"
+    rows = [
+        (kind, objects, f"at most {max(objects):,.0f} objects/s, {in_bytes(max(size))}/s"),
+        ("throttled", shares, f"at most {max(shares):.0%} of the answers"),
+        ("p99", p99, slowest),
+    ]
+    bars = BARS if "utf" in sys.stderr.encoding.lower() else ".:-=+*%#"
+    for name, values, extremes in rows:
+        if any(values):
+            heights = (math.ceil(len(bars) * value / max(values)) for value in values)
+            yield f"{name:<13}{''.join(bars[height - 1] if height else '·' for height in heights)}   {extremes}"
+    end = f"{len(seconds) // 60}:{len(seconds) % 60:02d}"
+    yield f"{'':13}0:00 {end:>{max(len(slots) - 5, 0)}}"
+
+
+def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterator[str]:
+    """Yield what the bucket did: rows of bars, and sentences instead of numbers to be interpreted."""
+    seconds = per_second(progress.total.timeline, record["elapsed_seconds"])
+    if len(seconds) > 3:
+        kind = {"upload": "uploaded", "write": "written", "verify": "verified"}[record["mode"]]
+        yield from draw_rows(kind, seconds, max(10, min(len(seconds), shutil.get_terminal_size().columns - 60)))
+    if record["responses"]:
+        responses = (f"{count:,} of {status}" for status, count in sorted(record["responses"].items()))
+        yield f"responses    {', '.join(responses)}; {record['no_response']:,} requests without one"
+        yield f"retries      {record['retries']:,}; {record['throttled']:,} answers were 429 or 503"
+    if record["latency_histogram"]:
+        latencies = (f"{name} {in_time(record[f'latency_{name}_seconds'])}" for name in LATENCY_SHARES)
+        yield f"latency      {', '.join(latencies)}"
+    onset, sustained = record["throttling"], record["sustained_objects_per_second"]
+    if onset:
+        at = f"throttling began after {in_time(onset['second'])} ({onset['utc'][11:19]} UTC)"
+        since = f"{onset['objects_per_second_since']:,.0f} objects/s since"
+        yield f"{at}, at {onset['objects_per_second']:,.0f} objects/s; {since}"
+    if sustained:
+        yield f"the bucket sustains {'' if onset else 'at least '}{sustained:,.0f} objects/s without throttling"
+    if record["late_starts"]:
+        asked = f"{record['asked_objects_per_second']:,g} objects/s"
+        yield f"asked for {asked}, but {record['late_starts']:,} uploads began late or not at all"
+    if record["limited_by"] and record["upload_connections"]:
+        pace = "--ramp" if record["settings"]["ramp"] else "--rps-limit"
+        waits = {"disk": ("the disk", "file", "files"), "rps-limit": (pace, "turn", "their turn")}
+        limit = record["limited_by"]
+        name, share, what = waits.get(limit, (f"the {limit}", "answer", "answers"))
+        waiting = f"{record[f'{share}_share']:.0%} of {record['upload_connections']:,} upload connections"
+        yield f"limited by {name}: {waiting} were waiting for {what}, the CPU was {record['cpu_share']:.0%} busy"
+
+
+def print_report(progress: Progress, record: dict[str, Any]) -> None:
     """Tell people what became of the run."""
+    run = progress.run
     again = "run it again" if run.verify else "run it again with --resume"
     for failure in record["failures"]:
         say(failure if run.verify else f"failed: {failure}")
@@ -1525,23 +1977,64 @@ def print_report(run: Run, record: dict[str, Any]) -> None:
     objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
     rates = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s, {in_bytes(size / seconds)}/s"
     say(f"{objects:,} objects, {readings:,} readings, {in_bytes(size)} in {seconds:.2f} s: {rates}; {found}")
-    if record["answers"]:
-        answers = (f"{count:,} of {status}" for status, count in sorted(record["answers"].items()))
-        say(f"answers      {', '.join(answers)}; {record['unanswered_requests']:,} requests without one")
-        say(f"retries      {record['retries']:,}; {record['throttled_answers']:,} answers were 429 or 503")
-        latencies = (f"{name} {1000 * record[f'latency_{name}_seconds']:,.0f} ms" for name in LATENCY_SHARES)
-        say(f"latency      {', '.join(latencies)}")
+    for line in describe_measurements(progress, record):
+        say(line)
+    for rule in record["expectations"]:
+        say(f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({rule['value']})")
+
+
+def judge(run: Run, record: dict[str, Any]) -> None:
+    """Add to the record what --expect found. A run that delivered all, but not as expected, has exit status 3.
+
+    Raises RunError if a rule is about what is no number of the record.
+    """
+    known = {key for key, value in record.items() if type(value) in (int, float, type(None))} - WORDS
+    for rule in run.expect or ():
+        key, sign, number = RULE.fullmatch(rule).groups()
+        if key not in known:
+            raise RunError(f"--expect {rule}: the record has no such number, but {', '.join(sorted(known))}")
+        value = record[key]
+        is_met = value is not None and COMPARISONS[sign](value, float(number))
+        record["expectations"].append({"rule": rule, "value": value, "met": is_met})
+    if not record["exit_status"] and not all(rule["met"] for rule in record["expectations"]):
+        record["exit_status"] = 3
+
+
+def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
+    """Put the record of a complete run beside its data. If that fails, the record says so."""
+    name = f"_wattif/{run.start}_{run.end}_task-{run.task_index}-of-{run.task_count}.json"
+    name = f"{run.prefix}/{name}" if run.prefix else name
+    try:
+        if run.bucket:
+            sender = Sender(run, stop, find_credentials(run, stop), time.monotonic())
+            blob = open_bucket(run, sender).blob(name)
+            with contextlib.suppress(FileExistsError):  # an answer was lost
+                blob.upload_from_string(render_json(record), "application/json", retry=sender.retrying)
+        else:
+            path = os.path.join(str(run.output_dir), name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, [render_json(record)], is_measured=False)
+    except Exception as error:
+        fatal_result(error, run)  # which raises it if it is our fault
+        record["error"] = f"the record cannot be stored as {name}: {explain(error, run)}"
+        record["exit_status"] = 128 + stop.value if stop.value > 0 else 1
+
+
+def render_json(record: dict[str, Any]) -> bytes:
+    """Render a record as a line of JSON."""
+    # The shares of flaws are fractions.
+    return orjson.dumps(record, float, orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE)
 
 
 def print_json(record: dict[str, Any]) -> int:
     """Print the record on standard output. Returns the exit status."""
     try:
         with open(sys.stdout.fileno(), "w", closefd=False) as out:
-            print(orjson.dumps(record, option=orjson.OPT_NON_STR_KEYS).decode(), file=out)
+            out.write(render_json(record).decode())
     except (OSError, AttributeError) as error:  # it is None if it was closed
         say(f"error: standard output cannot be written: {getattr(error, 'strerror', 'closed')}")
-        return record["exit_status"] or 1
-    return record["exit_status"]
+        return record.get("exit_status") or 1
+    return record.get("exit_status", 0)
 
 
 # --- The command line. ----------------------------------------------------------------------------
@@ -1619,10 +2112,13 @@ def read_settings(argv: Sequence[str] | None) -> Run:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
     if DAY_SECONDS % args.interval:
         raise RunError(f"--interval {args.interval} does not divide a day; take 1, 10, 60 or 900")
-    pairs = [("resume", "verify"), ("bucket", "output_dir"), ("max_disk", "output_dir"), ("rps_limit", "output_dir")]
+    pairs = [("resume", "verify"), ("record", "verify")]
+    pairs += [(name, "output_dir") for name in ("bucket", "max_disk", "rps_limit", "ramp")]
     for one, other in pairs:
         if getattr(args, one) and getattr(args, other) not in (None, False):
             raise RunError(f"--{one} and --{other} exclude each other; drop one".replace("_", "-"))
+    if args.ramp and args.rps_limit and args.ramp > args.rps_limit:
+        raise RunError(f"--ramp {args.ramp:g} begins above --rps-limit {args.rps_limit:g}; lower it")
     if args.meters_per_file > 1 and args.meters > 10**9:
         raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
     if args.flaws and len(args.flaws) > 1:
@@ -1675,22 +2171,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.captureWarnings(True)  # that packages give, for instance of an old Python
         log.setLevel(logging.DEBUG if run.verbose else logging.WARNING)
         plan = make_plan(run)
-        progress = Progress(run, plan)
+        progress = Progress(run, plan, stop)
+        judge(run, make_record(progress, 0))
         check_machine(run, plan)
         if run.dry_run:
             describe_plan(run, plan)
-            return 0
+            return print_json(plan_record(run, plan)) if run.json else 0
         with contextlib.suppress(CancelledError, KeyboardInterrupt):  # a signal has ended it
             execute(run, plan, stop, progress)
+        record = make_record(progress, stop.value)
+        judge(run, record)
+        if run.record and record["exit_status"] in (0, 3):
+            store_record(run, stop, record)
         signal.alarm(0)
-        record = progress.record(stop.value)
-        print_report(run, record)
+        print_report(progress, record)
     except RunError as error:
         say(f"generator.py: error: {error.args[0]}")
         status = 128 + stop.value if stop.value > 0 else (*error.args, 2)[1]
         if progress is None:
             return status
-        record = {**progress.record(0), "error": error.args[0], "exit_status": status}
+        record = {**make_record(progress, 0), "error": error.args[0], "exit_status": status}
     return print_json(record) if run.json else record["exit_status"]
 
 

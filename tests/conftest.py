@@ -127,25 +127,27 @@ def planned(report: str, what: str) -> int:
     return int(re.search(rf"^{what} +(?:at most )?([\d,]+)", report, re.M)[1].replace(",", ""))
 
 
-KEYS = {  # of the report for programs
-    **dict.fromkeys(["mode", "destination"], str),
-    **dict.fromkeys(
-        ["exit_status", "readings", "bytes", "mean_bytes_per_second", "peak_bytes_per_second", "unanswered_requests"],
-        int,
-    ),
-    **dict.fromkeys([f"objects_{kind}" for kind in ("planned", "done", "skipped", "failed")], int),
-    **dict.fromkeys([f"objects_{kind}" for kind in ("missing", "different", "unexpected", "unchecked")], int),
-    **dict.fromkeys(["throttled_answers", "retries", "throughput_slot_seconds", "files_left", "bytes_left"], int),
-    **dict.fromkeys(["elapsed_seconds", "mean_objects_per_second", "peak_objects_per_second"], float),
-    **dict.fromkeys([f"latency_{q}_seconds" for q in ("p50", "p95", "p99", "max")], float),
+RATES = ("mean", "peak", "steady", "sustained", "asked")
+QUANTILES = ("p50", "p95", "p99", "max")
+KINDS = ("planned", "done", "skipped", "failed", "missing", "different", "unexpected", "unchecked")
+NUMBER = (int, float, type(None))
+KEYS = {  # of the record
+    **dict.fromkeys(["started", "host", "wattif", "python", "google_cloud_storage", "mode", "destination"], str),
+    **dict.fromkeys(["settings", "responses", "latency_histogram", "flaws"], dict),
+    **dict.fromkeys(["failures", "timeline", "expectations"], list),
+    **dict.fromkeys(["error", "readings_sum", "limited_by"], (str, type(None))),
+    **dict.fromkeys([f"objects_{kind}" for kind in KINDS], int),
+    **dict.fromkeys(["exit_status", "readings", "bytes", "bytes_planned", "disk_bytes_planned", "processes"], int),
+    **dict.fromkeys(["throttled", "no_response", "retries", "late_starts", "files_left", "bytes_left"], int),
     **dict.fromkeys([f"rows_{kind}" for kind in ("delivered", "parsed", "distinct", "of_another_date")], int),
-    "flaws": dict,
-    "readings_sum": (str, type(None)),
-    "error": (str, type(None)),
-    "failures": list,
-    "answers": dict,
-    "throughput_bytes": list,
+    **dict.fromkeys([f"{rate}_objects_per_second" for rate in RATES], NUMBER),
+    **dict.fromkeys([f"{rate}_bytes_per_second" for rate in RATES[:3]], NUMBER),
+    **dict.fromkeys([f"{kind}_{q}_seconds" for kind in ("latency", "service") for q in QUANTILES], NUMBER),
+    **dict.fromkeys([f"{kind}_share" for kind in ("cpu", "answer", "file", "turn")], NUMBER),
+    **dict.fromkeys(["elapsed_seconds", "tail_seconds", "upload_connections"], NUMBER),
+    "throttling": (dict, type(None)),
 }
+SLOT = {"second", "seconds", "objects", "bytes", "responses", "retries", "no_response", "late", "asked", "p50", "p99"}
 
 
 def report(done: Any) -> dict[str, Any]:
@@ -155,6 +157,10 @@ def report(done: Any) -> dict[str, Any]:
     assert set(parsed) == set(KEYS)
     assert all(isinstance(parsed[key], kind) for key, kind in KEYS.items()), parsed
     assert parsed["peak_objects_per_second"] >= parsed["mean_objects_per_second"]
+    slots = parsed["timeline"]
+    assert 1 <= len(slots) <= 120 and all(set(slot) == SLOT for slot in slots)
+    for key in ("retries", "no_response"):
+        assert parsed[key] == sum(slot[key] for slot in slots)
     return parsed
 
 

@@ -79,7 +79,7 @@ def test_a_passing_fault_of_the_token_source_is_retried(
         flags = ("--upload-workers", 1, "--transfer-workers", 2, "--json")
         done = run_with(env, server, tmp_path / "temp", *SMALL, *flags, patch=HASTE)
     assert done.returncode == 0, done.stderr
-    assert report(done)["retries"] >= 2 and report(done)["answers"] == {"200": 60}
+    assert report(done)["retries"] >= 2 and report(done)["responses"] == {"200": 60}
     assert contents(server) == expected(*SMALL) and not spool(tmp_path / "temp")
 
 
@@ -180,9 +180,9 @@ def test_tokens_that_are_revoked_cost_nothing(expected: Callable[..., dict], tmp
         done = run_with(env, server, tmp_path / "temp", *flags, "--json")
     assert done.returncode == 0, done.stderr
     made = report(done)
-    assert made["answers"]["401"] >= 1 and made["retries"] == made["objects_failed"] == 0
+    assert made["responses"]["401"] >= 1 and made["retries"] == made["objects_failed"] == 0
     wanted = expected(*flags)
-    assert contents(server) == wanted and made["answers"]["200"] <= 2 * len(wanted)
+    assert contents(server) == wanted and made["responses"]["200"] <= 2 * len(wanted)
 
 
 def test_a_server_that_demands_a_client_certificate_is_reached(
@@ -265,7 +265,7 @@ def test_a_refused_connection_is_retried(expected: Callable[..., dict], tmp_path
         server.listener = socket.create_server(address)
         with server:
             out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and json.loads(out)["unanswered_requests"] >= 1, err
+    assert process.returncode == 0 and json.loads(out)["no_response"] >= 1, err
     assert contents(server) == expected(*SMALL)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import signal
+import subprocess
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
 import generator
-from conftest import DAY, DAYS, report, start, until, upload
-from server import Request, Server
+from conftest import DAY, DAYS, children_of, refused, report, start, until, upload, wattif
+from server import Index, Request, Server
 
 SMALL = (*DAYS, "--interval", "3600")
 DAILY = (*DAY, "--interval", "86400")
@@ -24,26 +26,26 @@ DAILY = (*DAY, "--interval", "86400")
 
 def turns(rate: float, clock: list[float]) -> list[float]:
     """Return when turns begin, one asked for at each time of a clock, or when the turn before has begun."""
-    last, begun = -1, [0.0]
+    last, begun = -1 / rate, [0.0]
     for now in clock:
         asked = max(now, begun[-1])
-        last = generator.next_turn(asked, rate, last)
-        begun.append(max(asked, last / rate))
+        last, _ = generator.next_turn(asked, last, 1 / rate)
+        begun.append(max(asked, last))
     return begun[1:]
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1, 7, 12.5, 1000])
 def test_turns_that_are_asked_for_at_once_lie_on_a_grid(rate: float) -> None:
-    assert turns(rate, [0.0] * 50) == [number / rate for number in range(50)]
+    assert turns(rate, [0.0] * 50) == pytest.approx([number / rate for number in range(50)])
 
 
 def test_a_turn_is_the_first_one_that_is_still_to_come() -> None:
-    assert generator.next_turn(0.0, 10, -1) == 0
-    assert generator.next_turn(0.0, 10, 0) == 1
-    assert generator.next_turn(0.3, 10, 0) == 3  # just due
-    assert generator.next_turn(0.31, 10, 0) == 4
-    assert generator.next_turn(0.31, 10, 7) == 8  # those before it are taken
-    assert generator.next_turn(1000.0, 0.5, 3) == 500
+    assert generator.next_turn(0.0, -0.5, 0.5) == (0.0, 0)
+    assert generator.next_turn(0.0, 0.0, 0.5) == (0.5, 0)
+    assert generator.next_turn(1.5, 0.0, 0.5) == (1.5, 2)  # just due
+    assert generator.next_turn(1.51, 0.0, 0.5) == (2.0, 3)
+    assert generator.next_turn(1.51, 4.0, 0.5) == (4.5, 0)  # those before it are taken
+    assert generator.next_turn(1000.0, 8.0, 2.0) == (1000.0, 495)
 
 
 def test_lost_turns_are_not_caught_up() -> None:
@@ -188,7 +190,7 @@ def test_the_turns_of_all_tasks_and_processes_lie_on_one_grid(tmp_path: Path, ta
         for places in plan.slices:
             sender = generator.Sender(run, ctypes.c_byte(1), None, start=0.0)  # it is stopped before it begins
             list(generator.run_slice(run, plan, str(tmp_path), sender, places))
-            due += [sender.start + turn / sender.rate for turn in range(1000)]
+            due += [sender.turn + turn / sender.pace.rate for turn in range(1000)]
     due = sorted(due)[:200]
     assert all(later - earlier == pytest.approx(0.05) for earlier, later in zip(due, due[1:]))
 
@@ -211,8 +213,9 @@ def test_an_object_after_a_failed_large_one_takes_a_turn(tmp_path: Path) -> None
 
 def test_a_thread_takes_no_turn_before_it_is_due() -> None:
     stop, start = ctypes.c_byte(0), time.monotonic()
-    run = SimpleNamespace(upload_workers=1, transfer_workers=20)
-    sender = generator.Sender(run, stop, None, start=start, rate=5.0, limit=20.0)
+    run = SimpleNamespace(upload_workers=1, transfer_workers=20, ramp=None, ramp_minutes=20)
+    pace = generator.Pace(5.0)
+    sender = generator.Sender(run, stop, None, start=start, turn=start, pace=pace, accepted=True, limit=20.0)
 
     def upload() -> None:
         with sender.place():
@@ -221,8 +224,140 @@ def test_a_thread_takes_no_turn_before_it_is_due() -> None:
     threads = [threading.Thread(target=upload) for _ in range(20)]
     for thread in threads:
         thread.start()
-    until(lambda: sender.turn >= 2)
-    assert sender.turn <= (time.monotonic() - start) * sender.rate + 1
+    until(lambda: sender.turn >= start + 0.6)
+    assert sender.turn <= time.monotonic() + 0.2
     stop.value = 1
     for thread in threads:
         thread.join()
+
+
+def paces(doubling: float, faults: Callable[[float, float], float | None], seconds: int = 600) -> list[float]:
+    """Return the rate of a ramp from 10 objects a second on, second by second, up to 100."""
+    pace, rates = generator.Pace(10.0), [10.0]
+    for second in range(seconds):
+        pace = generator.next_pace(pace, 1.0, faults(second, pace.rate), doubling, 100.0)
+        rates.append(pace.rate)
+    return rates
+
+
+def test_a_ramp_doubles_as_long_as_answers_are_good() -> None:
+    rates = paces(60, lambda second, rate: 0.01)
+    assert [rates[minute * 60] for minute in range(4)] == pytest.approx([10, 20, 40, 80])
+    assert rates[-1] == max(rates) == 100
+
+
+@pytest.mark.parametrize("faults", [0.011, 0.05, None])
+def test_a_ramp_holds_while_some_answers_are_bad_or_there_are_none(faults: float | None) -> None:
+    rates = paces(60, lambda second, rate: faults if 60 <= second < 70 else 0.0)
+    assert rates[60:71] == [rates[60]] * 11 and rates[71] > rates[70]
+    assert rates[130] == pytest.approx(2 * rates[70])  # growth goes on from there
+
+
+def test_a_ramp_drops_by_a_tenth_after_a_fifth_of_holding() -> None:
+    rates = paces(60, lambda second, rate: 0.02 if second >= 60 else 0.0)
+    assert rates[71] == pytest.approx(20) and rates[72] == pytest.approx(18) and rates[83] == pytest.approx(18)
+    assert rates[84] == pytest.approx(16.2)
+
+
+def test_a_ramp_drops_by_a_quarter_at_once_and_then_waits() -> None:
+    rates = paces(60, lambda second, rate: 0.5 if 60 <= second < 64 else 0.0)
+    assert rates[61:73] == pytest.approx([15] * 12) and rates[73] > 15  # no second drop, and held for a fifth
+    held_first = paces(60, lambda second, rate: 0.02 if 60 <= second < 65 else 0.5 if second == 65 else 0.0)
+    assert held_first[66] == pytest.approx(15)
+    again = paces(60, lambda second, rate: 0.5 if second >= 60 else 0.0)
+    assert [again[second] for second in (61, 72, 73, 85)] == pytest.approx([15, 15, 11.25, 8.4375])
+
+
+def test_a_ramp_never_ends_below_one_object_in_ten_seconds() -> None:
+    rates = paces(5, lambda second, rate: 1.0)
+    assert rates[-1] == 0.1 and min(rates) == 0.1
+    assert generator.next_pace(generator.Pace(0.05), 1.0, 0.0, 60, 0.05).rate == 0.05  # its share may be less
+
+
+def test_a_ramp_warms_up_a_bucket(tmp_path: Path) -> None:
+    # The model answers 429 to what a range cannot take, and splits a range that has been busy for three seconds.
+    flags = (*DAYS, "--interval", 86_400, "--processes", 2, "--temp-dir", tmp_path, "--json")
+    with Server(index=Index(60)) as server:
+        ramped = report(upload(server, *flags, "--meters", 750, "--ramp", 40, "--ramp-minutes", 0.2))
+    assert ramped["objects_done"] == len(server.objects) == 1500
+    with Server(index=Index(60)) as server:
+        cold = report(upload(server, *flags, "--meters", 300))
+    assert ramped["throttled"] < 0.03 * sum(ramped["responses"].values())
+    assert cold["throttled"] > 0.1 * sum(cold["responses"].values())
+    assert ramped["asked_objects_per_second"] > 80
+
+
+def test_a_ramp_finds_the_rate_that_a_bucket_sustains(tmp_path: Path) -> None:
+    limit, accepted = 60, deque()
+
+    def fault(request: Request) -> int | None:
+        now = time.monotonic()
+        with server.lock:
+            while accepted and accepted[0] < now - 1:
+                accepted.popleft()
+            if len(accepted) >= limit:
+                return 429
+            accepted.append(now)
+        return None
+
+    flags = (*DAYS, "--interval", 86_400, "--meters", 600, "--processes", 3, "--temp-dir", tmp_path, "--json")
+    with Server(fault=fault) as server:
+        made = report(upload(server, *flags, "--ramp", 40, "--ramp-minutes", 0.3))
+    assert made["objects_done"] == 1200 and made["throttling"]["second"] > 5
+    assert made["sustained_objects_per_second"] == pytest.approx(limit, rel=0.15)
+
+
+def test_a_ramp_above_the_limit_is_refused(tmp_path: Path) -> None:
+    flags = ("--bucket", "a-bucket", "--rps-limit", 10, "--temp-dir", tmp_path)
+    done = wattif(*DAY, *flags, "--ramp", 11, STORAGE_EMULATOR_HOST="http://localhost:1")
+    refused(done, "--ramp 11 begins above --rps-limit 10")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--rps-limit", 50), "at most 50 objects/s; at least 2 min 0 s"),
+        (("--ramp", 10, "--ramp-minutes", 1), "10 objects/s, doubled every 1 min; at least 2 min 59 s"),
+        (
+            ("--ramp", 10, "--ramp-minutes", 1, "--rps-limit", 40),
+            "10 objects/s, doubled every 1 min, at most 40 objects/s; at least 3 min 25 s",
+        ),
+        (("--rps-limit", 50, "--task-index", 0, "--task-count", 3), "at most 50 objects/s; at least 2 min 0 s"),
+    ],
+)
+def test_the_plan_says_the_rate_and_the_least_time(tmp_path: Path, flags: tuple, line: str) -> None:
+    done = wattif(*DAYS, "--meters", 3000, "--bucket", "a-bucket", "--dry-run", *flags)
+    assert done.returncode == 0 and f"\nrate         {line}\n" in done.stderr, done.stderr
+
+
+def test_turns_that_nobody_took_are_counted_and_lengthen_latencies(tmp_path: Path) -> None:
+    flags = ("--bucket", "a-bucket", "--meters", 200, "--processes", 1, "--rps-limit", 40, "--temp-dir", tmp_path)
+    with Server() as server:
+        with start(*DAILY, *flags, "--json", STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: len(server.objects) > 60)
+            process.send_signal(signal.SIGSTOP)
+            for child in children_of(process.pid):
+                os.kill(child, signal.SIGSTOP)
+            frozen = time.monotonic()
+            until(lambda: time.monotonic() > frozen + 2)
+            for child in children_of(process.pid):
+                os.kill(child, signal.SIGCONT)
+            process.send_signal(signal.SIGCONT)
+            out, err = process.communicate(timeout=60)
+    made = report(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert made["objects_done"] == 200 and made["asked_objects_per_second"] == 40
+    assert 70 <= made["late_starts"] <= 120  # 40 a second for two seconds, and some at the start
+    slots = made["timeline"]
+    assert sum(slot["late"] for slot in slots) == made["late_starts"]
+    assert 200 <= sum(slot["asked"] for slot in slots) <= 200 + made["late_starts"]
+    assert any(slot["objects"] == 0 and slot["late"] >= 35 for slot in slots)  # a second in the middle
+    assert made["latency_max_seconds"] > 1.8  # from the first turn that was lost
+    assert f"but {made['late_starts']:,} uploads began late or not at all" in err
+
+
+def test_a_run_that_is_slower_than_asked_does_not_pass_for_one_that_is_not(tmp_path: Path) -> None:
+    flags = ("--meters", 120, "--rps-limit", 100, "--transfer-workers", 2, "--upload-workers", 1, "--processes", 1)
+    with Server(delay=0.1) as server:
+        made = report(upload(server, *DAILY, *flags, "--temp-dir", tmp_path, "--json"))
+    asked = sum(slot["asked"] for slot in made["timeline"])
+    assert made["late_starts"] == asked - 120 > 300 and made["limited_by"] == "bucket"

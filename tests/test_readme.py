@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from datetime import date, datetime
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import pytest
 import yaml
 
 import generator
-from conftest import ROOT, environment, wattif
+from conftest import ROOT, environment, upload, wattif
+from server import Server
 
 README = (ROOT / "README.md").read_text()
 
@@ -193,6 +195,27 @@ def test_duckdb_finds_the_flaws_that_are_announced(tmp_path: Path, monkeypatch: 
         said = f"{told[f'rows_{name}']:,} {name.replace('_', ' ')}"
         assert said in done.stderr and said in text
     assert f"`{flaws['null']:,}` of each kind" in text and set(flaws.values()) == {3440}
+
+
+def test_duckdb_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--interval", 3600, "--temp-dir", tmp_path / "temp", "--json")
+    told = []
+    with Server() as server:
+        for day in (1, 2):
+            done = upload(server, "--start", f"2024-01-0{day}", "--end", f"2024-01-0{day}", "--meters", 30, *flags)
+            told.append(done.stdout)
+    (tmp_path / "runs.ndjson").write_text("".join(told))
+    monkeypatch.chdir(tmp_path)
+    names, _ = executed("runs")
+    records = [json.loads(line) for line in told]
+    means = sorted(record["mean_objects_per_second"] for record in records)
+    assert [row[1] for row in names["nights"].fetchall()] == means
+    slots = [slot for record in records for slot in record["timeline"] if record["started"] == records[-1]["started"]]
+    assert sum(row[1] for row in names["timeline"].fetchall()) == sum(slot["objects"] for slot in slots)
+    added = Counter()
+    for record in records:
+        added.update({float(bound): count for bound, count in record["latency_histogram"].items()})
+    assert dict(names["histogram"].fetchall()) == added and sum(added.values()) == 60
 
 
 def test_polars_reads_the_output(readings: dict[str, float]) -> None:

@@ -15,7 +15,6 @@ import sys
 import termios
 import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -28,6 +27,7 @@ from conftest import (
     DAYS,
     KEYS,
     ROOT,
+    SLOT,
     begin,
     contents,
     environment,
@@ -91,14 +91,14 @@ def test_a_terminal_has_one_live_line(tmp_path: Path, columns: int, processes: i
 def test_without_a_terminal_there_is_no_live_line(tmp_path: Path) -> None:
     with Server(delay=0.03) as server:
         done = upload(server, *SMALL, "--temp-dir", tmp_path)
-    assert done.returncode == 0 and "\r" not in done.stderr and "%" not in done.stderr and "\x1b" not in done.stderr
+    assert done.returncode == 0 and " left" not in done.stderr and not re.search("[\r\x1b]", done.stderr)
 
 
 def test_a_verbose_run_logs_its_progress(tmp_path: Path) -> None:
     flags = (*SMALL, "--output-dir", tmp_path)
     told = wattif(*flags, "-v", patch="generator.LOG_SECONDS = 0").stderr
     assert re.search(r"INFO MainProcess/MainThread: 100%.*300/300 objects.*B/s", told)
-    assert "%" not in wattif(*flags, patch="generator.LOG_SECONDS = 0").stderr
+    assert " left" not in wattif(*flags, patch="generator.LOG_SECONDS = 0").stderr
 
 
 def test_json_reports_what_was_done(tmp_path: Path) -> None:
@@ -109,15 +109,15 @@ def test_json_reports_what_was_done(tmp_path: Path) -> None:
         repaired = report(wattif(*SMALL, "--output-dir", tmp_path / "out", "--json"))
     assert made["objects_planned"] == made["objects_done"] == 300 and made["readings"] == 7200
     assert made["bytes"] == 7200 * 79 and made["exit_status"] == 0 and made["error"] is None
-    assert made["answers"] == {"200": 300, "429": 5} and made["throttled_answers"] == made["retries"] == 5
+    assert made["responses"] == {"200": 300, "429": 5} and made["throttled"] == made["retries"] == 5
     assert 0.05 <= made["latency_p50_seconds"] <= made["latency_p99_seconds"] <= made["latency_max_seconds"]
-    assert sum(made["throughput_bytes"]) > made["bytes"]  # with the metadata of each object
+    assert sum(slot["bytes"] for slot in made["timeline"]) == made["bytes"]
     assert made["mean_objects_per_second"] == pytest.approx(300 / made["elapsed_seconds"], rel=0.01)
     assert made["mean_bytes_per_second"] == pytest.approx(made["bytes"] / made["elapsed_seconds"], rel=0.01)
     assert resumed["objects_skipped"] == 300 and resumed["objects_done"] == 0
-    assert resumed["answers"]["200"] > 0 and resumed["latency_max_seconds"] == 0  # listings are no uploads
+    assert resumed["responses"]["200"] > 0 and resumed["latency_max_seconds"] is None  # listings are no uploads
     assert verified["mode"] == "verify" and verified["objects_done"] == 300
-    assert repaired["mode"] == "write" and repaired["answers"] == {} and repaired["latency_max_seconds"] == 0
+    assert repaired["mode"] == "write" and repaired["responses"] == {} and repaired["latency_max_seconds"] is None
 
 
 def test_json_reports_failed_and_interrupted_runs_too(tmp_path: Path) -> None:
@@ -166,31 +166,18 @@ def test_a_run_without_standard_error(tmp_path: Path) -> None:
     assert done.returncode == 0 and report(done)["objects_done"] == 300
 
 
-def response(seconds: float, method: str = "POST") -> Any:
-    """What the client library says of a response that came after some seconds."""
-    request = SimpleNamespace(method=method, body=None, url="", headers={})
-    return SimpleNamespace(request=request, status_code=204, headers={}, elapsed=timedelta(seconds=seconds))
-
-
 def settings(*flags: str) -> generator.Run:
     """The settings of a run of 400 files."""
     return generator.read_settings([*DAY, "--interval", "3600", "--meters", "400", "--output-dir", "x", *flags])
 
 
 def test_latencies_are_within_the_stated_error() -> None:
-    run = settings()
-    sender = generator.Sender(run, ctypes.c_byte(0), None, 0.0)
     seconds = [0.1 * 1.1**exponent for exponent in range(100)]
-    for latency in seconds:
-        sender.on_response(response(latency))
-        sender.on_response(response(1000.0, "GET"))  # a listing is no upload
-    counted = generator.Result()
-    for result in sender.counts:
-        counted += result
-    assert counted.answers == {204: 200} and sum(counted.latencies.values()) == 100
+    latencies = Counter(map(generator.bucket_of, seconds))
     for share, latency in ((0.5, seconds[49]), (0.95, seconds[94]), (0.99, seconds[98]), (1.0, seconds[99])):
-        assert generator.percentile(counted.latencies, share) == pytest.approx(latency, rel=0.025)
-    assert generator.percentile(Counter(), 0.5) == 0
+        assert generator.percentile(latencies, share) == pytest.approx(latency, rel=0.025)
+    assert all(latency <= generator.LATENCY_BASE ** generator.bucket_of(latency) * 1.000001 for latency in seconds)
+    assert generator.percentile(Counter(), 0.5) is None
 
 
 class Clock:
@@ -210,28 +197,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def some_progress(*flags: str) -> generator.Progress:
     """The progress of a run that has just begun."""
     run = settings(*flags)
-    return generator.Progress(run, generator.make_plan(run))
+    return generator.Progress(run, generator.make_plan(run), ctypes.c_byte(0))
 
 
-def arrived(objects: int, **more: Any) -> generator.Result:
-    """The result of objects of a million bytes that have arrived, and whose batch is done."""
-    sizes = {"bytes": 1_000_000 * objects, "arrived_bytes": 1_000_000 * objects}
-    return generator.Result(objects_done=objects, arrived_objects=objects, **sizes, **more)
+def arrived(progress: generator.Progress, objects: int, **more: Any) -> generator.Result:
+    """The result of objects of a million bytes that arrive now, and whose batch is done."""
+    size, slots = 1_000_000 * objects, generator.Timeline()
+    slots[int(generator.time.monotonic() - progress.started)] = generator.Slot(objects=objects, bytes=size)
+    return generator.Result(objects_done=objects, bytes=size, timeline=slots, **more)
 
 
 def test_the_live_line_says_what_is_done_and_what_is_left(clock: Clock) -> None:
     progress = some_progress()
     assert "  0%" in progress.live_line(200) and "0/400 objects" in progress.live_line(200)
+    assert "drawing the fleet" in progress.live_line(200)
+    progress.add(generator.Result(slices_drawn=len(progress.plan.slices)))
     assert "? left" in progress.live_line(200)
     progress.add(generator.Result(objects_skipped=100))  # which took no time worth speaking of
     assert "100/400 objects" in progress.live_line(200) and "? left" in progress.live_line(200)
     for _ in range(50):
-        progress.add(arrived(2))
+        progress.add(arrived(progress, 2))
         clock.now += 1.0
     line = progress.live_line(200)
     assert line.startswith(" 50%") and "200/400 objects" in line and "  2 MB/s  " in line
     assert "0:01:40 left" in line  # 200 more, two a second
-    progress.add(generator.Result(objects_failed=20, retries=1234))
+    progress.add(generator.Result(objects_failed=20, timeline=generator.Timeline({50: generator.Slot(retries=1234)})))
     assert "220/400 objects" in progress.live_line(200) and "1,234 retries" in progress.live_line(200)
     assert "0:01:15 left" in progress.live_line(200)  # 180 more, 120 in 50 seconds
 
@@ -239,14 +229,14 @@ def test_the_live_line_says_what_is_done_and_what_is_left(clock: Clock) -> None:
 def test_means_are_those_of_the_whole_run(clock: Clock) -> None:
     progress = some_progress()
     for _ in range(50):
-        progress.add(arrived(4, readings=96))
+        progress.add(arrived(progress, 4, readings=96))
         clock.now += 2.0
-    record = progress.record(0)
+    record = generator.make_record(progress, 0)
     assert record["elapsed_seconds"] == 100.0 and record["objects_done"] == 200
     assert record["mean_objects_per_second"] == 2.0 and record["mean_bytes_per_second"] == 2_000_000
     assert record["peak_objects_per_second"] == 4.0 and record["peak_bytes_per_second"] == 4_000_000
     assert record["readings"] == 4800 and record["exit_status"] == 1  # half of the objects are not there
-    assert progress.record(15)["exit_status"] == 143
+    assert generator.make_record(progress, 15)["exit_status"] == 143
 
 
 def test_a_run_is_complete_if_all_objects_are_there_and_no_other(clock: Clock) -> None:
@@ -255,44 +245,45 @@ def test_a_run_is_complete_if_all_objects_are_there_and_no_other(clock: Clock) -
         ({"objects_skipped": 1}, 1),  # there are more than planned
         ({"objects_failed": 1, "failures": [("a", "b")]}, 1),
         ({"failures": [("a process died", "b")]}, 1),
-        ({"error": "no"}, 1),
+        ({"errors": ["no"]}, 1),
         ({"objects_unexpected": 1}, 1),
     ]
     for more, status in endings:
         progress = some_progress("--verify")
-        progress.add(arrived(300, objects_skipped=100))
+        progress.add(arrived(progress, 300, objects_skipped=100))
         progress.add(generator.Result(**more))
-        assert progress.record(0)["exit_status"] == status, more
+        assert generator.make_record(progress, 0)["exit_status"] == status, more
 
 
-def test_the_throughput_of_a_long_run_has_few_slots(clock: Clock) -> None:
+@pytest.mark.parametrize(("hours", "seconds"), [(2, 60), (5, 150), (30, 900)])
+def test_the_timeline_of_a_long_run_has_few_slots_and_keeps_peaks(clock: Clock, hours: int, seconds: int) -> None:
     progress = some_progress()
-    for _ in range(10_000):
-        progress.add(arrived(1))
+    for second in range(hours * 3600):
+        progress.add(arrived(progress, 5 if second == 5000 else 1))
         clock.now += 1.0
-    record = progress.record(0)
-    assert record["throughput_slot_seconds"] == 167 and len(record["throughput_bytes"]) <= 60
-    assert sum(record["throughput_bytes"]) == 10_000 * 1_000_000
-    assert set(record["throughput_bytes"][:-1]) == {167 * 1_000_000}
-
-
-@pytest.mark.parametrize("tick", [0.103, 0.15, 0.24])
-def test_a_steady_run_has_no_gaps_in_its_throughput(clock: Clock, tick: float) -> None:
-    progress = some_progress()
-    for _ in range(int(45 / tick)):
-        progress.add(arrived(1))
-        clock.now += tick
-    slots = progress.record(0)["throughput_bytes"]
-    assert len(slots) >= 44 and 0 not in slots[:-1]
+    clock.now -= 1.0
+    record = generator.make_record(progress, 0)
+    timeline = record["timeline"]
+    assert len(timeline) == 120 and {slot["seconds"] for slot in timeline} == {seconds}
+    assert [slot["second"] for slot in timeline] == list(range(0, 120 * seconds, seconds))
+    assert sum(slot["objects"] for slot in timeline) == hours * 3600 + 4
+    assert record["peak_objects_per_second"] == 5 and len(progress.total.timeline) < 21_600 + 3 * 10_800
+    if hours <= 6:
+        assert {slot["objects"] for slot in timeline} == {seconds, seconds + 4}
 
 
 def test_results_add_up() -> None:
-    total = generator.Result(objects_done=1, failures=["a"], error="first", answers=Counter({200: 1}))
-    total += generator.Result(objects_done=2, failures=["b"], error="second", answers=Counter({200: 1, 503: 1}))
-    assert (total.objects_done, total.failures, total.error) == (3, ["a", "b"], "first")
-    assert total.answers == {200: 2, 503: 1}
+    total = generator.Result(objects_done=1, failures=[("a", "b")], errors=["first"])
+    more = generator.Timeline({3: generator.Slot(objects=1, responses=Counter({200: 1}))})
+    total += generator.Result(objects_done=2, failures=[("c", "d")], errors=["second"], timeline=more)
+    total += generator.Result(timeline=generator.Timeline({3: generator.Slot(responses=Counter({200: 1, 503: 1}))}))
+    assert (total.objects_done, total.failures, total.errors) == (3, [("a", "b"), ("c", "d")], ["first", "second"])
+    assert total.timeline[3].responses == {200: 2, 503: 1} and total.timeline[3].throttled() == 1
+    assert more[3].responses == {200: 1}  # what was added is as it was
 
 
 def test_the_readme_names_every_key_of_the_report() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`{key}`" in readme or f"…_{key.split('_')[1]}_…" in readme for key in KEYS)
+    named = {key for key in KEYS if f"`{key}`" in readme}
+    assert set(KEYS) - named == {f"{kind}_{q}_seconds" for kind in ("latency", "service") for q in ("p95", "p99")}
+    assert readme.count("`…_p95_…`, `…_p99_…`") == 2 and all(f"`{key}`" in readme for key in SLOT)

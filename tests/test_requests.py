@@ -35,9 +35,9 @@ def test_a_passing_fault_is_retried(expected: Callable[..., dict], tmp_path: Pat
     assert done.returncode == 0, done.stderr
     made = report(done)
     assert made["retries"] == 3 and made["objects_done"] == 120
-    assert made["throttled_answers"] == (3 if fault in (429, 503) else 0)
-    assert made["answers"].get(str(fault), 0) == (3 if isinstance(fault, int) else 0)
-    assert made["unanswered_requests"] == (3 if fault == "reset" else 0)
+    assert made["throttled"] == (3 if fault in (429, 503) else 0)
+    assert made["responses"].get(str(fault), 0) == (3 if isinstance(fault, int) else 0)
+    assert made["no_response"] == (3 if fault == "reset" else 0)
     assert contents(server) == expected(*SMALL)
 
 
@@ -272,7 +272,7 @@ def soak(tmp_path: Path, seconds: int) -> dict[str, Any]:
 
 def test_a_soak_with_lost_answers_and_a_role_that_may_only_create(tmp_path: Path) -> None:
     made = soak(tmp_path, 20)
-    assert made["objects_done"] == 560 and made["unanswered_requests"] and made["answers"]["403"]
+    assert made["objects_done"] == 560 and made["no_response"] and made["responses"]["403"]
 
 
 @pytest.mark.parametrize("bypassed", [False, True])

@@ -184,7 +184,7 @@ def test_verify_finds_what_is_missing_different_and_unexpected(tmp_path: Path, k
         before = dict(server.objects)
         server.requests.clear()
         done = upload(server, *flags, "--verify", "--json")
-    assert json.loads(done.stdout)["answers"] == {"200": len(server.requests)}
+    assert json.loads(done.stdout)["responses"] == {"200": len(server.requests)}
     assert done.returncode == 1 and "1 missing, 1 different, 4 unexpected" in done.stderr
     assert f"missing: {names[0]}\n" in done.stderr and f"different: {names[3]}\n" in done.stderr
     assert f"unexpected: {strange[0]}\n" in done.stderr and "unexpected: dt=2024-01-02/a\\nname\n" in done.stderr
