@@ -18,14 +18,21 @@ import os
 import signal
 
 if __name__ == "__main__":  # a signal ends the run during the imports, too, and as process 1
+
+    def end_early(signum: int, _: object) -> None:
+        """End before anything has begun."""
+        os.write(2, b"generator.py: stopped before anything was done\n")
+        os._exit(128 + signum)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, lambda signum, _: os._exit(128 + signum))
+            signal.signal(number, end_early)
 
 import argparse
 import base64
 import contextlib
 import ctypes
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -58,9 +65,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
-import google_crc32c  # with which the client library computes checksums
-import orjson
-from bloom_filter import BloomFilter
+try:
+    import google_crc32c  # with which the client library computes checksums
+    import orjson
+    from bloom_filter import BloomFilter
+except ImportError as missing:
+    remedy = "pip install -r requirements.txt, or run it by: uv run generator.py"
+    sys.stderr.write(f"generator.py: error: {missing.name} is not installed; {remedy}\n")
+    raise SystemExit(2) from None
 
 VERSION = "2.0.0"
 
@@ -117,6 +129,8 @@ MOST_SLOTS = 120  # of the timeline in the record
 EXACT_SECONDS = 6 * 3600  # for which it is kept to the second
 BUSY_SHARE = 0.6  # of the CPU: measured 0.68 to 1.07 in runs that it limits, at most 0.5 in others
 LATE_SECONDS = 0.05  # an upload may begin as long after its turn, or an interval if that is longer
+COLD_RATE = 1000  # objects a second that a new bucket takes
+PROCESS_RATE = 350  # objects a second that a process uploads at most, by the benchmark
 BARS = "▁▂▃▄▅▆▇█"
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -142,6 +156,7 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     (r"\bIP filter", "add this machine's address to the IP filter of gs://{bucket}"),
     (OVERWRITE, "what is there cannot be replaced: --resume skips it"),
     (r"objects\.(list|get)\b", "grant roles/storage.objectViewer on gs://{bucket}"),
+    (r"objects\.create\b", "grant roles/storage.objectCreator on gs://{bucket}"),
     ("HTTP 403", "grant roles/storage.objectUser on gs://{bucket}"),
     ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
     ("certificate.required", "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true, with a client certificate that it knows"),
@@ -150,6 +165,11 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     ("Failed to parse", "see HTTPS_PROXY; in a password, write %23 for #, %2F for / and %3F for ?"),
     (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
 )
+VERIFY_ADVICE = {
+    "missing": "run it with --resume instead of --verify",
+    "different": "run it without --verify, which makes them again",
+    "unexpected": "{delete} {destination}/NAME deletes one, with the NAME above",
+}
 MAX_DIFFERENCES = 20  # listed by each process of --verify; the rest are only counted
 LOG_SECONDS = 30  # between progress lines where there is no terminal
 GRACE_SECONDS = 20  # that a signal leaves to what is under way
@@ -176,10 +196,16 @@ def understanding(answer: str) -> Iterator[None]:
 # --- Settings, each with its flag, and the plan that follows from them. ---------------------------
 
 
+@functools.lru_cache(maxsize=1)
+def find_today() -> date:
+    """Return today, the same for the whole run."""
+    return datetime.now(timezone.utc).date()
+
+
 def parse_day(text: str) -> date:
     """Parse a day; argparse names the flag."""
     if text in ("today", "yesterday"):
-        return datetime.now(timezone.utc).date() - timedelta(days=text == "yesterday")
+        return find_today() - timedelta(days=text == "yesterday")
     with contextlib.suppress(ValueError):
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
             return date.fromisoformat(text)
@@ -188,16 +214,18 @@ def parse_day(text: str) -> date:
 
 def parse_number(least: float, most: int, text: str) -> float:
     """Parse a number within bounds, a whole one if `least` is; argparse names the flag."""
-    kind = type(least)
+    kind, plain = type(least), text
+    if re.fullmatch(r"[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?", text):
+        plain = re.sub("[,_]", "", text)
     fraction, name = ("", "whole number") if kind is int else (r"(\.[0-9]{1,6})?", "number")
-    if re.fullmatch("[0-9]{1,20}" + fraction, text) and least <= kind(text) <= most:
-        return kind(text)
+    if re.fullmatch("[0-9]{1,20}" + fraction, plain) and least <= kind(plain) <= most:
+        return kind(plain)
     raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:,} to {most:,}")
 
 
 def parse_size(text: str) -> int:
     """Parse a size in bytes, with a decimal or binary unit or none; argparse names the flag."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kKMGT])(i?))?B?", text)
+    match = re.fullmatch(r"(?i)([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kmgt])(i?))?b?", text)
     if not match or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500000000, 500MB or 2GiB")
     power = " KMGT".index((match[2] or " ").upper())
@@ -239,8 +267,19 @@ def parse_bucket(text: str) -> str:
     reserved = r"^goog|g[o0][o0]g[l1]e|^(\d+\.){3}\d+$"
     if re.fullmatch(f"{without_dots}|{with_dots}", text) and not re.search(reserved, text):
         return text
+    if text != text.lower():
+        raise argparse.ArgumentTypeError(f"{text!r} has upper-case letters, a bucket has none; write {text.lower()}")
     rule = "3 to 63 of a-z, 0-9, '-', '_' and '.', a letter or digit at both ends; no IP address, no google"
     raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket: {rule}")
+
+
+def parse_directory(text: str) -> str:
+    """Parse a directory of this machine; argparse names the flag."""
+    if text.startswith("gs://"):
+        raise argparse.ArgumentTypeError(f"{text!r} is a bucket; give it with --bucket")
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a directory, as . or /tmp")
+    return text
 
 
 def parse_rule(text: str) -> str:
@@ -265,11 +304,11 @@ def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = Non
 class Run:
     """The settings of a run, by the groups of --help. Only days and data affect the objects."""
 
-    start: date = flag("first day: YYYY-MM-DD, today or yesterday", MISSING, "DATE", parse_day)
+    start: date = flag("first day (UTC): YYYY-MM-DD, today or yesterday", MISSING, "DATE", parse_day)
     end: date = flag("last day, included", MISSING, "DATE", parse_day)
     bucket: str | None = flag(f"upload to gs://NAME (default: {DEFAULT_BUCKET})", None, "NAME", parse_bucket)
     prefix: str | None = flag("path in the bucket or DIR, also as --bucket gs://NAME/PATH", None, "PATH", parse_prefix)
-    output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", str)
+    output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", parse_directory)
     meters: int = flag("size of the fleet", 1000, "N", (1, MAX_METERS))
     interval: int = flag("between readings; divides a day", 10, "SECONDS", (1, DAY_SECONDS))
     flaws: Any = flag(f"KIND=SHARE,…: rows with flaws; {', '.join(FLAWS)}", None, "FLAWS", parse_flaws, action="append")
@@ -279,24 +318,34 @@ class Run:
     resume: bool = flag("skip the objects that are there already")
     verify: bool = flag("upload nothing; compare names, sizes and CRC32C of what is there")
     dry_run: bool = flag("print the plan and stop")
-    json: bool = flag("print the record as a line of JSON on standard output")
-    record: bool = flag("put it beside the data, into _wattif/, once all is delivered")
-    expect: Any = flag("KEY<N: exit status 3 if not so; also <=, >, >=", None, "RULE", parse_rule, action="append")
     verbose: bool = flag("log each batch and decision")
+    rps_limit: float | None = flag(
+        "at most R objects a second, of all tasks and processes together", None, "R", (0.1, 10**6)
+    )
+    ramp: float | None = flag(
+        "begin with R objects a second and double them, to warm up a bucket", None, "R", (0.1, 10**6)
+    )
+    ramp_minutes: float = flag("in which a ramp doubles", 20, "M", (0.01, 1440))
+    json: bool = flag("print the record as a line of JSON on standard output")
+    record: bool = flag("put the record beside the data, into _wattif/, once all is delivered")
+    expect: Any = flag(
+        "KEY<N of the record, or <=, >, >=: exit status 3 if not so; repeatable",
+        None,
+        "RULE",
+        parse_rule,
+        action="append",
+    )
     task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
     task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
     task_source: str = ""  # the flag or the scheduler's variable that named the task, if any
-    temp_dir: str = flag(f"where files wait (default: {DEFAULT_TEMP_DIR} or the system's)", None, "DIR", str)
+    temp_dir: str = flag(f"where files wait (default: {DEFAULT_TEMP_DIR} or $TMPDIR)", None, "DIR", parse_directory)
     max_disk: int | None = flag("limit for them, as 20GB (default: none)", None, "SIZE", parse_size)
     batch_size: int = flag("files per call of the transfer manager", 100, "N", (1, 100_000))
     processes: int = flag("worker processes (default: the cores allowed)", None, "N", (1, 1024))
     write_workers: int = flag("threads per process that generate files", 1, "N", (1, 1024))
     upload_workers: int = flag("batches that a process uploads at once", 2, "N", (1, 1024))
     transfer_workers: int = flag("uploads at once in a batch: max_workers", 16, "N", (1, 1024))
-    retry_timeout: int = flag("time for a request, besides its bytes at 50 kB/s", 120, "SECONDS", (1, DAY_SECONDS))
-    rps_limit: float | None = flag("objects a second at most", None, "R", (0.1, 10**6))
-    ramp: float | None = flag("objects a second at first; it doubles if answers are good", None, "R", (0.1, 10**6))
-    ramp_minutes: float = flag("in which it doubles", 20.0, "M", (0.01, 1440))
+    retry_timeout: int = flag("seconds for a request, besides its bytes at 50 kB/s", 120, "S", (1, DAY_SECONDS))
 
     @functools.cached_property
     def day_rows(self) -> int:
@@ -305,7 +354,7 @@ class Run:
 
     def destination(self) -> str:
         """Return the bucket or directory, with the prefix, below which the days are."""
-        root = f"gs://{self.bucket}" if self.bucket else str(self.output_dir)
+        root = f"gs://{self.bucket}" if self.bucket else str(self.output_dir).rstrip("/")
         return f"{root}/{self.prefix}" if self.prefix else root
 
     def day_prefix(self, day: date) -> str:
@@ -1448,43 +1497,54 @@ def remove_if_empty(directory: str) -> None:
 
 
 def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
-    """Return a directory for the files that is writable and has room. Raises RunError."""
+    """Return a directory for the files that is writable and has room; --dry-run makes none. Raises RunError."""
     directory, needed = run.temp_dir if run.bucket else str(run.output_dir), plan.disk_bytes
     if not run.bucket and (run.gzip or run.resume):  # files compress to 8% or are there already
         needed = 0 if run.resume else plan.bytes // 12
     which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
+    spool = os.path.join(directory, f".wattif-{os.getuid()}") if run.bucket else directory
+    existing = os.path.abspath(spool)
     try:
-        os.makedirs(directory, exist_ok=True)
-        if run.bucket:
-            directory = lock_spool(os.path.join(directory, f".wattif-{os.getuid()}"), stack)
-        tempfile.TemporaryFile(dir=directory).close()
-        free = shutil.disk_usage(directory).free
+        if not run.dry_run:
+            os.makedirs(directory, exist_ok=True)
+        while not os.path.lexists(existing):
+            existing = os.path.dirname(existing)
+        if run.bucket and (existing == os.path.abspath(spool) or not run.dry_run):
+            lock_spool(spool, stack, run.dry_run)
+        if not run.dry_run:
+            tempfile.TemporaryFile(dir=spool).close()
+        elif not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(0, "no directory that can be written", existing)
+        free = shutil.disk_usage(existing).free
     except BlockingIOError:
         raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
     except OSError as error:
         cause = f"{error.filename or directory}: {error.strerror or error}"
         raise RunError(f"{which} cannot be written: {cause}; name another") from None
     if free < needed:
-        raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; lower --meters or --batch-size")
-    return directory
+        remedy = f"give --max-disk {free * 9 // 10**7}MB, or another directory" if run.bucket else "lower --meters"
+        raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; {remedy}")
+    return spool
 
 
-def lock_spool(spool: str, stack: contextlib.ExitStack) -> str:
-    """Make an empty directory of this user, locked until the stack ends. Raises OSError."""
+def lock_spool(spool: str, stack: contextlib.ExitStack, is_trial: bool) -> None:
+    """Make an empty directory of this user, locked until the stack ends; a trial only locks it. Raises OSError."""
     stack.callback(os.umask, os.umask(0o077))  # nobody else reads what is in it
-    os.makedirs(spool, 0o700, exist_ok=True)
+    if not is_trial:
+        os.makedirs(spool, 0o700, exist_ok=True)
     lock = os.open(spool, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     stack.callback(os.close, lock)
     if os.fstat(lock).st_uid != os.getuid():
         raise RunError(f"--temp-dir: {spool} belongs to another user; name a directory of yours")
-    os.fchmod(lock, 0o700)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
+    if is_trial:
+        return
+    os.fchmod(lock, 0o700)
     stack.callback(remove_if_empty, spool)
     for left in os.scandir(lock):
         log.warning("deleting %s/%s, which an earlier run left", spool, left.name)
         path = f"/proc/self/fd/{lock}/{left.name}"  # even if another directory has taken its place
         (shutil.rmtree if left.is_dir(follow_symlinks=False) else os.unlink)(path)
-    return spool
 
 
 def read_groups(version_1: str, *names: str) -> Iterator[list[int]]:
@@ -1563,7 +1623,10 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
                 places, child = children.pop(ours)
                 child.join()
                 if child.exitcode:
-                    ending = f"their process ended with exit code {child.exitcode}; run it again"
+                    how = f"ended with exit code {child.exitcode}"
+                    if child.exitcode == -signal.SIGKILL:
+                        how = "was killed (out of memory?)"
+                    ending = f"their process {how}; run it again"
                     yield Result(failures=[(ending, f"files {places[0]} to {places[-1]} of each day")])
 
 
@@ -1671,6 +1734,10 @@ def make_record(progress: Progress, signum: int) -> dict[str, Any]:
     units, part = divmod(total.thousandths, 1000)
     readings_sum = f"{units}.{part:03d}" if run.flaws and total.objects_done == plan.objects else None
     counts = {name: value for name, value in vars(total).items() if re.match("(objects|files|bytes)", name)}
+    if not run.verify:
+        counts["objects_missing"] = plan.objects - sum(
+            counts[f"objects_{kind}"] for kind in ("done", "skipped", "failed")
+        )
     return {
         "started": f"{progress.date:%Y-%m-%dT%H:%M:%SZ}",
         "host": platform.node(),
@@ -1810,29 +1877,39 @@ def describe_rate(run: Run) -> str:
     return f"{run.ramp:,g} objects/s, doubled every {run.ramp_minutes:g} min{', ' if most else ''}{most}"
 
 
-def describe_plan(run: Run, plan: Plan) -> None:
-    """Say what a run will do: days, meters, readings, objects, bytes, disk, destination."""
+def describe_plan(run: Run, plan: Plan) -> Iterator[str]:
+    """Yield what a run will do: days, meters, readings, objects, bytes, rate, disk, destination."""
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
-    say(f"days         {run.start} to {run.end}")
-    say(f"meters       {run.meters:,}, a reading every {run.interval} s, seed {run.seed}")
+    is_upload = bool(run.bucket) and not run.verify
+    yield f"started      {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    yield f"days         {run.start} to {run.end}"
+    yield f"meters       {run.meters:,}, a reading every {run.interval} s, seed {run.seed}"
     if run.task_source:
-        say(f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})")
-    say(f"readings     {plan.readings:,}")
+        yield f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})"
+    yield f"readings     {plan.readings:,}"
     if run.flaws:
         rows = count_rows(run, plan)
-        say(f"flaws        {', '.join(f'{count:,} {kind}' for kind, count in rows.pop('flaws').items())}")
+        yield f"flaws        {', '.join(f'{count:,} {kind}' for kind, count in rows.pop('flaws').items())}"
         kinds = ", ".join(f"{count:,} {name[len('rows_') :].replace('_', ' ')}" for name, count in rows.items())
-        say(f"rows         {kinds}")
-    say(f"objects      {plan.objects:,} of {inexact}{largest:,} bytes")
-    say(f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}")
-    say(f"processes    {len(plan.slices)}")
+        yield f"rows         {kinds}"
+    uploads = f", {many(plan.objects, 'upload')} (class A operations)" if is_upload else ""
+    yield f"objects      {plan.objects:,} of {inexact}{largest:,} bytes{uploads}"
+    yield f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}"
+    yield f"processes    {len(plan.slices)}"
     if run.ramp or run.rps_limit:
-        say(f"rate         {describe_rate(run)}; at least {in_time(least_seconds(run, plan))}")
+        yield f"rate         {describe_rate(run)}; at least {in_time(least_seconds(run, plan))}"
     if not run.verify:
         disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
-        say(f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}")
-    say(f"destination  {run.destination()}/dt=YYYY-MM-DD/")
+        yield f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}"
+    yield f"destination  {run.destination()}/dt=YYYY-MM-DD/"
+    if plan.bytes > 10**12 or plan.objects > 10**6:
+        size = f"{in_bytes(plan.bytes)} in {many(plan.objects, 'object')}"
+        yield f"This is a lot: {size}; see in the README what a run costs"
+    objects = len(plan.days) * plan.day_files
+    fastest = run.rps_limit or min(PROCESS_RATE * len(plan.slices) * run.task_count, objects / 60)
+    if is_upload and not run.ramp and fastest > COLD_RATE:
+        yield f"A cold bucket takes {COLD_RATE:,} objects/s, this may ask for more; warm it up with --ramp {COLD_RATE}"
 
 
 class Progress:
@@ -1892,6 +1969,11 @@ def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator
         yield f"{first}{f' and {len(others):,} more' if others else ''}: {reason}"
 
 
+def many(count: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def in_time(seconds: float) -> str:
     """Write a duration in its two largest units, or in seconds or milliseconds."""
     if seconds < 1:
@@ -1932,8 +2014,8 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
         yield from draw_rows(kind, seconds, max(10, min(len(seconds), shutil.get_terminal_size().columns - 60)))
     if record["responses"]:
         responses = (f"{count:,} of {status}" for status, count in sorted(record["responses"].items()))
-        yield f"responses    {', '.join(responses)}; {record['no_response']:,} requests without one"
-        yield f"retries      {record['retries']:,}; {record['throttled']:,} answers were 429 or 503"
+        yield f"responses    {', '.join(responses)}; {many(record['no_response'], 'request')} without one"
+        yield f"retries      {record['retries']:,}; {many(record['throttled'], 'answer')} of 429 or 503"
     if record["latency_histogram"]:
         latencies = (f"{name} {in_time(record[f'latency_{name}_seconds'])}" for name in LATENCY_SHARES)
         yield f"latency      {', '.join(latencies)}"
@@ -1946,7 +2028,7 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
         yield f"the bucket sustains {'' if onset else 'at least '}{sustained:,.0f} objects/s without throttling"
     if record["late_starts"]:
         asked = f"{record['asked_objects_per_second']:,g} objects/s"
-        yield f"asked for {asked}, but {record['late_starts']:,} uploads began late or not at all"
+        yield f"asked for {asked}; {many(record['late_starts'], 'turn')} unused or late"
     if record["limited_by"] and record["upload_connections"]:
         pace = "--ramp" if record["settings"]["ramp"] else "--rps-limit"
         waits = {"disk": ("the disk", "file", "files"), "rps-limit": (pace, "turn", "their turn")}
@@ -1963,8 +2045,8 @@ def print_report(progress: Progress, record: dict[str, Any]) -> None:
     for failure in record["failures"]:
         say(failure if run.verify else f"failed: {failure}")
     if record["files_left"]:
-        left = f"{record['files_left']:,} files of {in_bytes(record['bytes_left'])}"
-        say(f"{left} stay below {run.temp_dir}, until your next run there")
+        left = f"{many(record['files_left'], 'file')} of {in_bytes(record['bytes_left'])}"
+        say(f"left below {run.temp_dir} until your next run there: {left}")
     if record["error"]:
         say(f"error: {record['error']}; fix that, then {again}")
     if record["exit_status"] > 128:
@@ -1972,15 +2054,21 @@ def print_report(progress: Progress, record: dict[str, Any]) -> None:
     if record["objects_unexpected"] and not run.verify:
         unexpected = f"unexpected objects in {run.destination()}: {record['objects_unexpected']:,}"
         say(f"{unexpected}; another shape or seed there doubles the rows of every glob; see --prefix")
-    kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped")
+    for kind, advice in VERIFY_ADVICE.items():
+        if run.verify and record[f"objects_{kind}"]:
+            delete = "gcloud storage rm" if run.bucket else "rm"
+            say(f"{kind} objects: {advice.format(delete=delete, destination=run.destination())}")
+    kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped", "missing")
     found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
     objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
     rates = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s, {in_bytes(size / seconds)}/s"
-    say(f"{objects:,} objects, {readings:,} readings, {in_bytes(size)} in {seconds:.2f} s: {rates}; {found}")
+    done = f"{objects:,} of {many(record['objects_planned'], 'object')}, {many(readings, 'reading')}, {in_bytes(size)}"
+    say(f"{done} in {seconds:.2f} s: {rates}; {found}")
     for line in describe_measurements(progress, record):
         say(line)
     for rule in record["expectations"]:
         say(f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({rule['value']})")
+    say(f"ended        {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC")
 
 
 def judge(run: Run, record: dict[str, Any]) -> None:
@@ -2013,37 +2101,47 @@ def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
         else:
             path = os.path.join(str(run.output_dir), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(path, [render_json(record)], is_measured=False)
+            write_file(path, [render_json(record).encode()], is_measured=False)
     except Exception as error:
         fatal_result(error, run)  # which raises it if it is our fault
         record["error"] = f"the record cannot be stored as {name}: {explain(error, run)}"
         record["exit_status"] = 128 + stop.value if stop.value > 0 else 1
 
 
-def render_json(record: dict[str, Any]) -> bytes:
+def render_json(record: dict[str, Any]) -> str:
     """Render a record as a line of JSON."""
     # The shares of flaws are fractions.
-    return orjson.dumps(record, float, orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(record, float, orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE).decode()
 
 
-def print_json(record: dict[str, Any]) -> int:
-    """Print the record on standard output. Returns the exit status."""
+def print_out(text: str, status: int) -> int:
+    """Print on standard output. Returns the exit status, which is 1 if that fails and all else was well."""
     try:
-        with open(sys.stdout.fileno(), "w", closefd=False) as out:
-            out.write(render_json(record).decode())
+        with open(sys.stdout.fileno(), "w", closefd=False, errors="backslashreplace") as out:
+            out.write(text)
     except (OSError, AttributeError) as error:  # it is None if it was closed
         say(f"error: standard output cannot be written: {getattr(error, 'strerror', 'closed')}")
-        return record.get("exit_status") or 1
-    return record.get("exit_status", 0)
+        return status or 1
+    return status
 
 
 # --- The command line. ----------------------------------------------------------------------------
 
+USAGE = """\
+usage: generator.py --start DATE --end DATE [--bucket NAME | --output-dir DIR] [options]
+       generator.py --help
+examples:
+  generator.py --start 2024-01-01 --end 2024-01-01 --meters 20 --output-dir readings
+  generator.py --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket
+  generator.py --start yesterday --end yesterday --bucket my-datalake-bucket --resume
+"""
+EPILOG = """\
+exit status: 0 all is there, 1 it is not, 2 refused before any work, 3 an --expect is not met, 128 + N signal N
+credentials: Application Default Credentials, as of gcloud auth application-default login; none with
+STORAGE_EMULATOR_HOST=http://localhost:9023, to which uploads go then"""
 GROUPS = {  # of the settings that begin with these
-    "start": "days (UTC)",
-    "bucket": "destination",
-    "meters": "data",
-    "resume": "what to do",
+    "start": "what to make, and where",
+    "rps_limit": "measure",
     "task_index": "many machines (default: from Cloud Batch, Cloud Run, Slurm or Kubernetes)",
     "temp_dir": "tuning",
 }
@@ -2064,9 +2162,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="generator.py",
         usage="%(prog)s --start DATE --end DATE [--bucket NAME | --output-dir DIR] [options]",
-        description="Generate smart-meter readings and upload them to Google Cloud Storage.",
-        epilog="example: %(prog)s --start 2024-01-01 --end 2024-01-31 --bucket my-datalake-bucket",
+        epilog=EPILOG,
         allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = refuse
     for setting in fields(Run):
@@ -2075,6 +2174,8 @@ def build_parser() -> argparse.ArgumentParser:
         names = ["-v"] * (setting.name == "verbose") + [f"--{setting.name.replace('_', '-')}"]
         if setting.metadata:
             group.add_argument(*names, **setting.metadata)
+    group.add_argument("--version", action="version", version=f"WattIf {VERSION}", help="print the version")
+    group.add_argument("-h", "--help", action="help", help="print this")
     return parser
 
 
@@ -2105,8 +2206,22 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
     return index, count, source
 
 
-def read_settings(argv: Sequence[str] | None) -> Run:
+def check_flags(words: Sequence[str]) -> None:
+    """Raise RunError at a flag that is unknown, which argparse tells after those that are missing, or has no value."""
+    has_value = {f"--{setting.name.replace('_', '-')}": "type" in setting.metadata for setting in fields(Run)}
+    has_value.update({"-h": False, "--help": False, "--version": False, "-v": False, "--": True})
+    for word in words:
+        name, sign, value = word.partition("=")
+        if name not in has_value and re.match("-[^0-9.]", name):
+            nearest = difflib.get_close_matches(name, has_value, 1)
+            raise RunError(f"{name} is no flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
+        if sign and not has_value.get(name, True):
+            raise RunError(f"{name} has no value; drop ={value}")
+
+
+def read_settings(argv: Sequence[str]) -> Run:
     """Turn the command line into the settings of a run. Raises RunError if flags do not fit."""
+    check_flags(argv)
     args = build_parser().parse_args(argv)
     if args.end < args.start:
         raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
@@ -2142,7 +2257,8 @@ def execute(run: Run, plan: Plan, stop: ctypes.c_byte, progress: Progress) -> No
     with contextlib.ExitStack() as stack:
         is_idle = run.verify or not plan.slices
         folder = str(run.output_dir) if is_idle else claim_directory(run, plan, stack)
-        describe_plan(run, plan)
+        for line in describe_plan(run, plan):
+            say(line)
         sender = Sender(run, stop, credentials, progress.started)
         work = functools.partial(run_slice, run, plan, folder, sender)
         try:
@@ -2162,8 +2278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     stop = handle_signals()
     progress = None
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        for line in USAGE.splitlines():
+            say(line)
+        return 2
     try:
-        run = read_settings(argv)
+        run = read_settings(words)
         handler = logging.Handler()
         handler.emit = lambda entry: say(handler.format(entry))
         line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if run.verbose else ""
@@ -2175,8 +2296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         judge(run, make_record(progress, 0))
         check_machine(run, plan)
         if run.dry_run:
-            describe_plan(run, plan)
-            return print_json(plan_record(run, plan)) if run.json else 0
+            with contextlib.ExitStack() as stack:
+                if not run.verify:
+                    claim_directory(run, plan, stack)
+            text = "".join(f"{line}\n" for line in describe_plan(run, plan))
+            return print_out(render_json(plan_record(run, plan)) if run.json else text, 0)
         with contextlib.suppress(CancelledError, KeyboardInterrupt):  # a signal has ended it
             execute(run, plan, stop, progress)
         record = make_record(progress, stop.value)
@@ -2191,7 +2315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if progress is None:
             return status
         record = {**make_record(progress, 0), "error": error.args[0], "exit_status": status}
-    return print_json(record) if run.json else record["exit_status"]
+    return print_out(render_json(record), record["exit_status"]) if run.json else record["exit_status"]
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_a_wrong_bucket_costs_one_file_of_each_process(tmp_path: Path, status: i
     assert told["error"].startswith(f"nothing was accepted: {reason}; ")
     assert told["failures"] == [f"{min(map(str, left))} and 1 more: {told['error'][len('nothing was accepted: ') :]}"]
     size = "3.79 kB" if kind == "multipart" else "34.1 MB"
-    assert f"\n2 files of {size} stay below {tmp_path}, until your next run there\n" in done.stderr
+    assert f"\nleft below {tmp_path} until your next run there: 2 files of {size}\n" in done.stderr
 
 
 def test_equal_failures_are_told_once(made: dict[str, Any], tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_equal_failures_are_told_once(made: dict[str, Any], tmp_path: Path) -> N
         (400, NO_PAYER, "GOOGLE_CLOUD_QUOTA_PROJECT"),
         (403, RETENTION.format("dt=2024-01-01/0A0000ABCDEF.ndjson"), "--resume skips it"),
         (403, HOLD.format("dt=2024-01-01/0A0000ABCDEF.ndjson"), "--resume skips it"),
-        (403, NO_CREATE, "grant roles/storage.objectUser on gs://a-bucket"),
+        (403, NO_CREATE, "grant roles/storage.objectCreator on gs://a-bucket"),
         (404, NO_BUCKET, "create gs://a-bucket, or name another one with --bucket"),
         (404, NO_BUCKET, "default bucket"),
         (403, NO_CREATE, "default bucket"),  # it is somebody else's
@@ -456,7 +456,9 @@ def test_a_listing_that_is_none_ends_the_run_in_one_line(tmp_path: Path, flag: s
         done = upload(server, *DAY, *SMALL[len(DAYS) :], "--temp-dir", tmp_path, flag, "--json")
     assert done.returncode == 1 and "Traceback" not in done.stderr and len(server.requests) <= 4
     assert report(done)["error"].startswith("cannot go on: the bucket's listing is not what it should be: ")
-    assert done.stderr.count("\nerror: ") == 1 and re.search(r"^\d+ objects, .* in ", done.stderr, re.M), done.stderr
+    assert done.stderr.count("\nerror: ") == 1 and re.search(r"^\d+ of \d+ objects?, .* in ", done.stderr, re.M), (
+        done.stderr
+    )
 
 
 def test_a_listing_whose_pages_stay_empty_ends(tmp_path: Path) -> None:

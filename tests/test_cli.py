@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import subprocess
+import sys
 from dataclasses import MISSING, fields
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 import generator
-from conftest import DAYS, refused, wattif
+from conftest import DAYS, ROOT, SPOOL, begin, environment, refused, report, wattif
+from server import Server
 
 SMALL = (*DAYS, "--interval", "3600")
 BAD_FLAGS = [
@@ -103,7 +108,7 @@ def test_help_names_every_flag_with_its_default() -> None:
             assert setting.default in (None, False, MISSING) or f"(default: {setting.default})" in line
     for default in ("smart-meter-fake-data-t", "/mnt/sm-disk/", "1000", "(default: none)"):
         assert default in page
-    assert "example:" in page and "SECONDS" in page
+    assert "exit status: 0 " in page and "STORAGE_EMULATOR_HOST" in page and "SECONDS" in page
     assert all(len(line) <= 120 for line in wattif("--help").stdout.splitlines())
 
 
@@ -112,7 +117,7 @@ def test_today_and_yesterday_are_utc_days() -> None:
     done = wattif("--start", "yesterday", "--end", "today", "--dry-run")
     after = datetime.now(timezone.utc).date()
     plans = [f"days         {today - timedelta(days=1)} to {today}\n" for today in (before, after)]
-    assert done.returncode == 0 and any(plan in done.stderr for plan in plans)
+    assert done.returncode == 0 and any(plan in done.stdout for plan in plans)
     done = wattif("--start", "today", "--end", "yesterday", "--dry-run")
     assert done.returncode == 2 and "--end" in done.stderr
 
@@ -144,8 +149,8 @@ def slurm(task: int, first: int, last: int, step: int, count: int) -> dict[str, 
 )
 def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, source: str) -> None:
     done = wattif(*SMALL, "--meters", 10, "--dry-run", *flags, **env)
-    assert done.returncode == 0 and f"task         2 of 4 (from {source})" in done.stderr
-    assert "objects      4 of" in done.stderr  # files 5 and 6 of ten, on two days
+    assert done.returncode == 0 and f"task         2 of 4 (from {source})" in done.stdout
+    assert "objects      4 of" in done.stdout  # files 5 and 6 of ten, on two days
 
 
 @pytest.mark.parametrize(
@@ -170,3 +175,175 @@ def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, sourc
 def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -> None:
     done = wattif(*SMALL, "--dry-run", *flags, **env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--strat", "2024-01-01"), "--strat is no flag; did you mean --start?"),
+        (("--start=2024-01-01", "--metres=5"), "--metres is no flag; did you mean --meters?"),
+        (("--qqqqqq",), "--qqqqqq is no flag; see --help"),
+        (("-x",), "-x is no flag; see --help"),
+        ((*DAYS, "--gzip=1"), "--gzip has no value; drop =1"),
+        ((*DAYS, "--output-dir", "gs://my-bucket"), "'gs://my-bucket' is a bucket; give it with --bucket"),
+        ((*DAYS, "--output-dir", ""), "--output-dir: it is empty; name a directory"),
+        ((*DAYS, "--temp-dir="), "--temp-dir: it is empty; name a directory"),
+        ((*DAYS, "--bucket", "My_Bucket"), "has upper-case letters, a bucket has none; write my_bucket"),
+        ((*DAYS, "--meters", "1k"), "'1k' is not a whole number from 1 to "),
+        ((*DAYS, "--meters", "1,00"), "'1,00' is not a whole number from 1 to "),
+        ((*DAYS, "--max-disk", "20 XB"), "'20 XB' is not a size such as 500000000, 500MB or 2GiB"),
+    ],
+)
+def test_a_wrong_flag_is_told_with_what_to_write(flags: tuple, told: str) -> None:
+    refused(wattif(*flags), told)
+
+
+@pytest.mark.parametrize(
+    ("text", "meters"), [("1,000", 1000), ("1_000", 1000), ("2,000,000", 2_000_000), ("12_345", 12_345), ("7", 7)]
+)
+def test_a_number_may_have_separators(text: str, meters: int) -> None:
+    assert generator.read_settings([*DAYS, "--meters", text]).meters == meters
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20gb", 2 * 10**10), ("20GB", 2 * 10**10), ("2gIb", 2 << 30), ("5m", 5 * 10**6)]
+)
+def test_a_size_may_be_in_any_case(text: str, size: int) -> None:
+    assert generator.read_settings([*DAYS, "--max-disk", text]).max_disk == size
+
+
+def test_without_arguments_there_are_examples() -> None:
+    done = wattif()
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 6
+    usage, examples = done.stderr.split("examples:\n")
+    assert usage.count("\n") == 2 and "--help" in usage and examples.count("\n  generator.py --start ") == 2
+    for line in examples.splitlines():
+        generator.make_plan(generator.read_settings(line.split()[1:]))
+
+
+def test_version() -> None:
+    assert wattif("--version").stdout == f"WattIf {generator.VERSION}\n"
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
+    for name in ("orjson", "bloom_filter", "google_crc32c"):
+        lost = f"import runpy, sys; sys.modules['{name}'] = None; runpy.run_path('generator.py', run_name='__main__')"
+        command = [sys.executable, "-c", lost]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            f"{name} is not installed; pip install -r requirements.txt, or run it by: uv run generator.py"
+            in done.stderr
+        )
+
+
+def test_the_script_can_be_executed() -> None:
+    assert os.access(ROOT / "generator.py", os.X_OK)
+
+
+def test_today_is_the_same_for_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Midnight(datetime):
+        """A clock that is a day later each time it is asked."""
+
+        asked = 0
+
+        @classmethod
+        def now(cls, tz: timezone | None = None) -> datetime:
+            cls.asked += 1
+            return datetime(2024, 1, cls.asked, tzinfo=tz)
+
+    monkeypatch.setattr(generator, "datetime", Midnight)
+    generator.find_today.cache_clear()
+    run = generator.read_settings(["--start", "today", "--end", "today"])
+    generator.find_today.cache_clear()
+    assert run.start == run.end == date(2024, 1, 1)
+
+
+def test_a_dry_run_checks_directories_space_and_locks(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for flag, directory in (("--output-dir", tmp_path / "file"), ("--temp-dir", tmp_path / "file" / "below")):
+        refused(wattif(*DAYS, flag, directory, "--dry-run"), flag)
+        refused(wattif(*DAYS, flag, directory, STORAGE_EMULATOR_HOST="http://localhost:1"), flag)
+    before = [*tmp_path.iterdir()]
+    done = wattif(*DAYS, "--temp-dir", small_disk / "new", "--dry-run")
+    refused(done, "--temp-dir")
+    fits = re.search(r"give --max-disk (\d+MB), or", done.stderr)[1]
+    assert wattif(*DAYS, "--temp-dir", small_disk / "new", "--dry-run", "--max-disk", fits).returncode == 0
+    assert [*tmp_path.iterdir()] == before and not [*small_disk.iterdir()]
+    spool = tmp_path / SPOOL
+    spool.mkdir()
+    lock = os.open(spool, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (spool / "kept").write_text("")
+    done = wattif(*DAYS, "--meters", 2, "--temp-dir", tmp_path, "--dry-run")
+    assert done.returncode == 1 and "is in use by another run" in done.stderr
+    os.close(lock)
+    assert wattif(*DAYS, "--meters", 2, "--temp-dir", tmp_path, "--dry-run").returncode == 0
+    assert (spool / "kept").exists()
+
+
+def test_a_dry_run_needs_no_right_to_write_but_where_it_would(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    done = wattif(*DAYS, "--meters", 2, "--output-dir", f"{out}/", "--dry-run")
+    assert (
+        done.returncode == 0
+        and f"\ndestination  {out}/dt=YYYY-MM-DD/\n" in done.stdout
+        and not (tmp_path / "a").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (("--meters", 1), ["objects      2 of 682,560 bytes, 2 uploads (class A operations)"]),
+        (
+            ("--meters", 600_000, "--interval", 86_400),
+            ["This is a lot: 94.8 MB in 1,200,000 objects; see in the README"],
+        ),
+        (("--meters", 800_000), ["This is a lot: 1.09 TB in 1,600,000 objects; see in the README"]),
+        (("--meters", 5000, "--rps-limit", 1001), ["A cold bucket takes 1,000 objects/s"]),
+        (("--meters", 500_000, "--processes", 8), ["A cold bucket takes 1,000 objects/s"]),
+    ],
+)
+def test_the_plan_says_what_a_run_will_cost_and_ask_for(tmp_path: Path, flags: tuple, lines: list[str]) -> None:
+    done = wattif(*DAYS, *flags, "--max-disk", "100MB", "--temp-dir", tmp_path, "--dry-run")
+    assert done.returncode == 0 and all(f"\n{line}" in done.stdout for line in lines), done.stdout
+
+
+def test_a_plan_within_bounds_has_no_warning(tmp_path: Path) -> None:
+    for flags in (("--rps-limit", 1000), ("--ramp", 2000), ("--processes", 8, "--meters", 20_000)):
+        done = wattif(*DAYS, "--interval", 3600, *flags, "--temp-dir", tmp_path, "--dry-run")
+        assert done.returncode == 0 and "cold bucket" not in done.stdout and "a lot" not in done.stdout
+
+
+def test_plan_and_report_say_when(tmp_path: Path) -> None:
+    told = wattif(*DAYS, "--meters", 1, "--output-dir", tmp_path).stderr.splitlines()
+    moment = "[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} UTC"
+    assert re.fullmatch(f"started      {moment}", told[0]) and re.fullmatch(f"ended        {moment}", told[-1])
+    assert re.match("2 of 2 objects, 17,280 readings, ", told[-2])
+
+
+def test_the_advice_after_a_verification_fits(tmp_path: Path) -> None:
+    flags = (*DAYS, "--interval", 3600, "--meters", 4, "--output-dir", tmp_path)
+    assert wattif(*flags).returncode == 0
+    first, second, *_ = sorted((tmp_path / "dt=2024-01-01").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes().replace(b"0.", b"1."))
+    (tmp_path / "dt=2024-01-02" / "stray").write_text("x")
+    told = wattif(*flags, "--verify").stderr
+    assert "\nmissing objects: run it with --resume instead of --verify\n" in told
+    assert "\ndifferent objects: run it without --verify, which makes them again\n" in told
+    assert f"\nunexpected objects: rm {tmp_path}/NAME deletes one, with the NAME above\n" in told
+    assert "1 missing, 1 different, 1 unexpected, 0 unchecked" in told
+    assert "gcloud" not in told
+
+
+def test_an_interrupted_run_counts_what_is_missing(tmp_path: Path) -> None:
+    with Server(delay=0.05) as server:
+        flags = (*DAYS, "--interval", 3600, "--meters", 100, "--json", "--processes", 1)
+        with begin(server, tmp_path, *flags) as process:
+            process.terminate()
+            out, err = process.communicate(timeout=30)
+    made = report(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert made["objects_missing"] == 200 - made["objects_done"] > 0
+    assert f"{made['objects_done']} of 200 objects, " in err and f", {made['objects_missing']} missing\n" in err

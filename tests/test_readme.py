@@ -13,13 +13,15 @@ import sys
 from collections import Counter
 from datetime import date, datetime
 from pathlib import Path
+from typing import Iterator
 
+import duckdb
 import polars
 import pytest
 import yaml
 
 import generator
-from conftest import ROOT, environment, upload, wattif
+from conftest import ROOT, Emulator, environment, upload, wattif
 from server import Server
 
 README = (ROOT / "README.md").read_text()
@@ -33,14 +35,17 @@ def blocks(language: str) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of every call of the script in a text."""
-    calls = re.findall(r"^.*(?:python|run) generator\.py (--.*?)(?: >>.*)?$", text.replace("\\\n", " "), re.M)
+    whole = text.replace("\\\n", " ").replace("$(date -u -d '7 days ago' +%F)", "2024-01-01")
+    script = r"(?:python|run) (?:/code/wattif/)?generator\.py"
+    end = r"(?:'|\\n\"\].*| >>.*)?$"  # of a quoted command, or of the output
+    calls = re.findall(rf"^.*{script} (--.*?){end}", whole, re.M)
     return [shlex.split(call) for call in calls]
 
 
 def test_every_command_is_accepted_by_the_parser() -> None:
     texts = [code for language in ("sh", "crontab", "ini", "yaml") for code in blocks(language)]
     found = [call for text in [*texts, generator.__doc__] for call in commands(text)]
-    assert len(found) >= 11
+    assert len(found) >= 12
     for arguments in found:
         if "--task-count" not in arguments or "--task-index" in arguments:
             generator.make_plan(generator.read_settings(arguments))
@@ -59,14 +64,17 @@ def test_the_first_command_makes_what_the_readme_shows(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    # The machine decides on the number of processes and on the speed.
+    # The machine decides on the number of processes and on the speed, and the clock on the moments.
     shown, told = (
-        [line.split(" in ")[0] if "objects/s" in line else line for line in text.splitlines() if line[:4] != "proc"]
+        [
+            line.split(" in ")[0] if "objects/s" in line else line
+            for line in re.sub("^(proc|star|ende).*\n", "", text, flags=re.M).splitlines()
+        ]
         for text in (blocks("")[0], done.stderr)
     )
-    assert told[: len(shown)] == shown
-    rows = blocks("json")[0]
-    assert rows.encode() in b"".join(path.read_bytes() for path in tmp_path.rglob("*.ndjson"))
+    assert told == shown
+    row = re.search(r'`({"meter_id".*?})`', README)[1]
+    assert f"{row}\n".encode() in b"".join(path.read_bytes() for path in tmp_path.rglob("*.ndjson"))
 
 
 def test_cloud_batch_job() -> None:
@@ -104,14 +112,15 @@ def test_crontab_line() -> None:
     assert len(commands(line)) == 1
 
 
-def test_systemd_units(tmp_path: Path) -> None:
-    service, timer = blocks("ini")
-    assert len(commands(service)) == 1
-    python = shlex.quote(sys.executable)
-    (tmp_path / "wattif.service").write_text(
-        service.replace("/opt/wattif/.venv/bin/python", python).replace("/opt/wattif", str(tmp_path))
+def test_systemd_unit(tmp_path: Path) -> None:
+    (service,) = blocks("ini")
+    assert len(commands(service)) == 1 and "After=network-online.target" in service and "TimeoutStopSec=" in service
+    unit = service.replace("/opt/wattif/.venv/bin/python", shlex.quote(sys.executable))
+    unit = unit.replace("/opt/wattif", str(tmp_path)).replace("User=wattif", "User=root")
+    (tmp_path / "wattif.service").write_text(unit)
+    (tmp_path / "wattif.timer").write_text(
+        "[Timer]\n" + "\n".join(re.findall("`(OnCalendar=.*?|Persistent=.*?)`", README))
     )
-    (tmp_path / "wattif.timer").write_text(timer)
     if shutil.which("systemd-analyze"):
         units = [str(tmp_path / f"wattif.{kind}") for kind in ("service", "timer")]
         command = ["systemd-analyze", "verify", *units]
@@ -126,10 +135,21 @@ def test_inline_script_metadata_names_the_requirements() -> None:
     assert json.loads(metadata["requires-python"]) == ">=3.8"
 
 
-def test_flags_have_a_row_each() -> None:
-    flags = set(re.findall(r"--[a-z][a-z-]+", wattif("--help").stdout))
-    table = README.split("## Flags")[1].split("## Output")[0]
-    assert flags == set(re.findall(r"--[a-z][a-z-]+", table))
+def test_the_help_page_is_in_the_readme() -> None:
+    (shown,) = (code for code in blocks("") if code.startswith("usage: "))
+    assert wattif("--help", COLUMNS="120").stdout == shown and shown.count("\n") <= 50
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 300
+
+
+def test_cloud_run_job() -> None:
+    (command,) = (code for code in blocks("sh") if "gcloud run jobs" in code)
+    (arguments,) = commands(command)
+    run = generator.read_settings(arguments)
+    assert run.resume and run.max_disk and "--task-timeout=24h" in command
+    assert subprocess.run(["sh", "-n"], input=command, env=environment(), text=True).returncode == 0
 
 
 @pytest.fixture(params=[(), ("--gzip",), ("--meters-per-file", "3")])
@@ -147,17 +167,36 @@ def readings(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     }
 
 
-def executed(name: str) -> tuple[dict, str]:
-    """Run a marked block of Python and return its names and what it printed."""
-    code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README, re.S)[1]
+def executed(word: str, replaced: tuple[str, str] = ("", "")) -> tuple[dict, str]:
+    """Run the block of Python with a word in it and return its names and what it printed."""
+    (code,) = (code.replace(*replaced) for code in blocks("python") if word in code)
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, names)
     return names, printed.getvalue()
 
 
-def test_duckdb_reads_the_output(readings: dict[str, float]) -> None:
-    names, printed = executed("duckdb")
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, emulator_url: str) -> Iterator[None]:
+    """Let gcsfs speak to the emulator, without an account and without asking for the kind of a bucket."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator_url)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    yield
+    duckdb.unregister_filesystem("gs")
+
+
+@pytest.mark.parametrize("flags", [(), ("--gzip",)])
+def test_duckdb_reads_a_bucket(emulator: Emulator, offline: None, tmp_path: Path, flags: tuple) -> None:
+    shape = ("--start", "2024-01-01", "--end", "2024-01-02", "--interval", 3600, "--meters", 7)
+    assert emulator.run(*shape, *flags, "--temp-dir", tmp_path).returncode == 0
+    names, _ = executed("register_filesystem", ("'readings/", f"'gs://{emulator.bucket.name}/"))
+    rows = names["readings"].aggregate("dt::VARCHAR, count(*)", "dt").fetchall()
+    assert sorted(rows) == [("2024-01-01", 168), ("2024-01-02", 168)]
+
+
+def test_duckdb_reads_the_output(offline: None, readings: dict[str, float]) -> None:
+    names, printed = executed("register_filesystem")
     table = names["readings"]
     assert dict(zip(table.columns, map(str, table.types))) == {
         "meter_id": "VARCHAR",
@@ -174,12 +213,12 @@ def test_duckdb_reads_the_output(readings: dict[str, float]) -> None:
 
 
 def test_duckdb_finds_the_flaws_that_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (arguments,) = commands(re.search(r"<!-- flaws -->\n```sh\n(.*?)```", README, re.S)[1])
+    ((arguments,),) = (commands(code) for code in blocks("sh") if "--flaws" in code)
     command = [sys.executable, str(ROOT / "generator.py"), *arguments, "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     monkeypatch.chdir(tmp_path)
-    names, _ = executed("flaws-duckdb")
+    names, _ = executed("ignore_errors")
     found = dict(zip(names["found"].columns, *names["found"].fetchall()))
     flaws = told["flaws"]
     assert {kind: found[kind] for kind in ("late", "duplicate", "disorder", "spike", "malformed")} == {
@@ -206,7 +245,7 @@ def test_duckdb_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             told.append(done.stdout)
     (tmp_path / "runs.ndjson").write_text("".join(told))
     monkeypatch.chdir(tmp_path)
-    names, _ = executed("runs")
+    names, _ = executed("runs.ndjson")
     records = [json.loads(line) for line in told]
     means = sorted(record["mean_objects_per_second"] for record in records)
     assert [row[1] for row in names["nights"].fetchall()] == means
@@ -218,17 +257,39 @@ def test_duckdb_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert dict(names["histogram"].fetchall()) == added and sum(added.values()) == 60
 
 
-def test_polars_reads_the_output(readings: dict[str, float]) -> None:
-    names, printed = executed("polars")
-    frame = names["readings"].collect()
+def test_polars_pandas_and_pyarrow_read_the_output(readings: dict[str, float]) -> None:
+    names, _ = executed("polars")
+    frame, table, batches = names["frame"], names["table"], list(names["batches"])
     assert dict(frame.schema) == {
         "meter_id": polars.String,
         "timestamp": polars.Datetime("us", "UTC"),
         "reading": polars.Float64,
         "dt": polars.Date,
     }
+    assert all(isinstance(meter, str) for meter in table["meter_id"])
     for day, total in readings.items():
-        part = frame.filter(polars.col("dt") == date.fromisoformat(day))
-        assert len(part) == 7 * 1440 and part["reading"].sum() == pytest.approx(total)
-        assert part["timestamp"].min() == datetime.fromisoformat(f"{day}T00:00:00+00:00")
-    assert "2024-01-02" in printed
+        part, rows = frame.filter(polars.col("dt") == date.fromisoformat(day)), table[table["dt"] == day]
+        assert len(part) == len(rows) == 7 * 1440
+        assert [part["reading"].sum(), rows["reading"].sum()] == pytest.approx([total, total])
+        assert part["timestamp"].min() == datetime.fromisoformat(f"{day}T00:00:00+00:00") == rows["timestamp"].min()
+    assert sum(batch.num_rows for batch in batches) == 2 * 7 * 1440
+    assert sum(sum(batch["reading"].to_pylist()) for batch in batches) == pytest.approx(sum(readings.values()))
+    assert {str(day) for batch in batches for day in batch["dt"].to_pylist()} == set(readings)
+
+
+def test_the_spark_example_is_python() -> None:
+    (code,) = (code for code in blocks("python") if "spark" in code)
+    compile(code, "README.md", "exec")
+    assert '"spark.sql.session.timeZone", "UTC"' in code
+
+
+def test_the_bigquery_commands_and_definitions_parse() -> None:
+    (command,) = (code for code in blocks("sh") if "bq load" in code)
+    assert subprocess.run(["sh", "-n"], input=command, env=environment(), text=True).returncode == 0
+    words = shlex.split(command.replace("\\\n", " "))
+    assert {"--replace", "--time_partitioning_field=dt"} < set(words) and "--autodetect" not in words
+    (definition,) = (json.loads(code) for code in blocks("json") if "sourceFormat" in code)
+    columns = {field["name"]: field["type"] for field in definition["schema"]["fields"]}
+    assert columns == dict(column.split(":") for column in words[-1].split(","))
+    rule = json.loads(re.search(r"`(\{\"rule\".*?\]\})`", README)[1])
+    assert rule["rule"][0]["action"] == {"type": "Delete"}

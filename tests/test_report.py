@@ -284,6 +284,4 @@ def test_results_add_up() -> None:
 
 def test_the_readme_names_every_key_of_the_report() -> None:
     readme = (ROOT / "README.md").read_text()
-    named = {key for key in KEYS if f"`{key}`" in readme}
-    assert set(KEYS) - named == {f"{kind}_{q}_seconds" for kind in ("latency", "service") for q in ("p95", "p99")}
-    assert readme.count("`…_p95_…`, `…_p99_…`") == 2 and all(f"`{key}`" in readme for key in SLOT)
+    assert all(f"`{key}`" in readme for key in {*KEYS, *SLOT})

@@ -45,7 +45,7 @@ def test_a_stalled_request_times_out_and_is_retried(expected: Callable[..., dict
     flags = (*SMALL, "--processes", 1, "--retry-timeout", 6)
     with Server(fault=lambda request: "stall" if request.number == 30 else None) as server:
         done = upload(server, *flags, "--temp-dir", tmp_path / "temp")
-    assert done.returncode == 0 and "1 requests without one" in done.stderr, done.stderr
+    assert done.returncode == 0 and "1 request without one" in done.stderr, done.stderr
     assert contents(server) == expected(*SMALL)
 
 
