@@ -226,6 +226,28 @@ def test_the_live_line_says_what_is_done_and_what_is_left(clock: Clock) -> None:
     assert "0:01:15 left" in progress.live_line(200)  # 180 more, 120 in 50 seconds
 
 
+def test_the_live_line_says_that_a_run_is_stopping(clock: Clock) -> None:
+    progress = some_progress()
+    progress.add(arrived(progress, 8))
+    progress.add(generator.Result(objects_failed=2))
+    clock.now += 1.0
+    assert " 2 failed  " in progress.live_line(200) and " left" in progress.live_line(200)
+    progress.stop.value = signal.SIGTERM
+    assert "  stopping  " in progress.live_line(200) and " left" not in progress.live_line(200)
+
+
+def test_the_time_left_is_right_from_a_tenth_of_a_steady_run_on(clock: Clock) -> None:
+    progress = some_progress()
+    clock.now += 7.0  # for which the fleet was drawn
+    for second in range(100):
+        clock.now += 1.0
+        progress.add(arrived(progress, 4))
+        if second >= 10:
+            (left,) = re.findall(r"(\d+):(\d+):(\d+) left", progress.live_line(200))
+            seconds = 3600 * int(left[0]) + 60 * int(left[1]) + int(left[2])
+            assert seconds == pytest.approx(99 - second, rel=0.1, abs=1)
+
+
 def test_means_are_those_of_the_whole_run(clock: Clock) -> None:
     progress = some_progress()
     for _ in range(50):

@@ -136,11 +136,13 @@ def test_a_signal_during_the_imports_ends_the_run(tmp_path: Path, signum: int) -
     unshare = ["unshare", "--pid", "--fork", "--kill-child"]
     is_first = subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode == 0
     env = environment(PYTHONPATH=str(tmp_path))
-    with subprocess.Popen((unshare if is_first else []) + command, env=env, stdout=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen((unshare if is_first else []) + command, env=env, stdout=pipe, stderr=pipe) as process:
         assert process.stdout.readline() == b"imports\n"
         script = children_of(process.pid)[0] if is_first else process.pid
         os.kill(script, signum)
         assert process.wait(timeout=20) == 128 + signum
+        assert process.stderr.read() == b"generator.py: stopped before anything was done\n"
 
 
 @pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-", "2> >(exec true)"])
