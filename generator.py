@@ -582,7 +582,11 @@ class Timeline(dict):
 
     def at(self, second: int) -> Slot:
         """Return the slot of a second."""
-        return self.setdefault(second - second % slot_seconds(second), Slot())
+        return self[second - second % slot_seconds(second)]
+
+    def __missing__(self, second: int) -> Slot:
+        slot = self[second] = Slot()
+        return slot
 
     def __iadd__(self, other: Any) -> Timeline:
         for second, slot in other.items():
@@ -1785,7 +1789,8 @@ def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -
     onset = find_throttling(seconds)
     throttling = None
     if onset is not None:
-        before = seconds[max(0, onset - 10) : onset]
+        begun = next(second for second, slot in enumerate(seconds) if slot.responses)
+        before = seconds[max(begun + 1, onset - 10) : onset]  # the first second is no whole one
         since = [slot.objects for slot in seconds[onset : last if last > onset else int(elapsed)]]
         throttling = {
             "second": onset,

@@ -104,7 +104,7 @@ def test_throttling_began_when_it_did(tmp_path: Path, processes: int) -> None:
     first = next(slot["second"] for slot in made["timeline"] if slot["responses"])
     onset = made["throttling"]
     assert first + 3 <= onset["second"] <= first + 5
-    assert onset["objects_per_second"] == pytest.approx(75, rel=0.25)
+    assert onset["objects_per_second"] == pytest.approx(75, rel=0.35)
     assert 10 < onset["objects_per_second_since"] < 75  # a retry takes a turn, too
     started = time.strptime(made["started"], "%Y-%m-%dT%H:%M:%SZ")
     begun = time.strptime(onset["utc"], "%Y-%m-%dT%H:%M:%SZ")
