@@ -132,6 +132,7 @@ def test_the_sustained_rate_is_that_of_the_best_window_without_throttling() -> N
     assert generator.find_sustained(busy(30, 100, 2), 30.5) is None
     long = [*busy(300, 100), *busy(6, 400), *busy(294, 100)]
     assert generator.find_sustained(long, 600.5) == 130  # 60 seconds
+    assert generator.find_sustained([*busy(600, 100), *busy(60, 400), *busy(540, 100)], 1200.5) == 400
 
 
 def test_the_steady_time_is_when_every_process_has_files() -> None:
@@ -236,9 +237,10 @@ def test_expectations_are_met_or_not(tmp_path: Path, rules: list[str], met: list
 
 def test_a_failed_run_keeps_its_status_whatever_is_expected(tmp_path: Path) -> None:
     flags = (*DAILY, "--meters", 7, "--temp-dir", tmp_path, "--json", "--expect", "objects_done>100", "--record")
-    with Server(fault=lambda request: 404) as server:
+    with Server(fault=lambda request: 404 if request.number == 5 else None) as server:
         made = report(upload(server, *flags))
-    assert made["exit_status"] == 1 and made["expectations"][0]["met"] is False and not server.objects
+    assert made["exit_status"] == 1 and made["expectations"][0]["met"] is False
+    assert len(server.objects) == 13 and not any("_wattif" in name for name in server.objects)  # and no record
 
 
 @pytest.mark.parametrize("rule", ["retries", "retries=1", "retries<", "retries<x", "<1", "retries<1,2", "Retries<1"])
