@@ -307,6 +307,13 @@ def test_a_ramp_finds_the_rate_that_a_bucket_sustains(tmp_path: Path) -> None:
     assert made["sustained_objects_per_second"] == pytest.approx(limit, rel=0.15)
 
 
+def test_a_ramp_ends_at_the_limit(tmp_path: Path) -> None:
+    flags = (*DAILY, "--meters", 75, "--processes", 2, "--temp-dir", tmp_path, "--json")
+    with Server() as server:
+        made = report(upload(server, *flags, "--ramp", 20, "--ramp-minutes", 0.05, "--rps-limit", 30))
+    assert made["objects_done"] == 150 and made["asked_objects_per_second"] == pytest.approx(30)
+
+
 def test_a_ramp_above_the_limit_is_refused(tmp_path: Path) -> None:
     flags = ("--bucket", "a-bucket", "--rps-limit", 10, "--temp-dir", tmp_path)
     done = wattif(*DAY, *flags, "--ramp", 11, STORAGE_EMULATOR_HOST="http://localhost:1")
