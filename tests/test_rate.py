@@ -308,7 +308,7 @@ def test_a_ramp_finds_the_rate_that_a_bucket_sustains(tmp_path: Path) -> None:
 
 
 def test_a_ramp_ends_at_the_limit(tmp_path: Path) -> None:
-    flags = (*DAILY, "--meters", 75, "--processes", 2, "--temp-dir", tmp_path, "--json")
+    flags = (*DAILY, "--meters", 150, "--processes", 2, "--temp-dir", tmp_path, "--json")
     with Server() as server:
         made = report(upload(server, *flags, "--ramp", 20, "--ramp-minutes", 0.05, "--rps-limit", 30))
     assert made["objects_done"] == 150 and made["asked_objects_per_second"] == pytest.approx(30)
