@@ -2107,10 +2107,12 @@ def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
             path = os.path.join(str(run.output_dir), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, [render_json(record).encode()], is_measured=False)
-    except Exception as error:
-        fatal_result(error, run)  # which raises it if it is our fault
-        record["error"] = f"the record cannot be stored as {name}: {explain(error, run)}"
-        record["exit_status"] = 128 + stop.value if stop.value > 0 else 1
+    except (Exception, KeyboardInterrupt) as error:
+        if not stop.value:
+            fatal_result(error, run)  # which raises it if it is our fault
+        cause = "the run was stopped" if stop.value else explain(error, run)
+        record["error"] = f"the record cannot be stored as {name}: {cause}"
+        record["exit_status"] = 128 + stop.value if stop.value else 1
 
 
 def render_json(record: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import generator
-from conftest import DAY, DAYS, files_below, refused, report, upload, wattif
+from conftest import DAY, DAYS, files_below, refused, report, start, until, upload, wattif
 from server import Reply, Request, Server, denied
 
 DAILY = (*DAYS, "--interval", "86400")
@@ -288,6 +289,19 @@ def test_a_record_that_cannot_be_stored_is_an_error(tmp_path: Path) -> None:
     assert done.returncode == made["exit_status"] == 1 and made["objects_done"] == 14 == len(server.objects)
     assert "the record cannot be stored as _wattif/2024-01-01_2024-01-02_task-0-of-1.json: HTTP 403" in made["error"]
     assert made["error"] in done.stderr
+
+
+def test_a_signal_while_the_record_is_stored_ends_the_run(tmp_path: Path) -> None:
+    flags = (*DAILY, "--meters", 7, "--temp-dir", tmp_path, "--record", "--json", "--bucket", "a-bucket")
+    with Server(fault=lambda request: "stall" if request.name.startswith("_wattif") else None) as server:
+        with start(*flags, patch="generator.GRACE_SECONDS = 1", STORAGE_EMULATOR_HOST=server.url) as process:
+            until(lambda: any(request.name.startswith("_wattif") for request in server.requests))
+            process.terminate()
+            out, err = process.communicate(timeout=30)
+    made = report(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert process.returncode == made["exit_status"] == 143 and made["objects_done"] == 14
+    assert "cannot be stored as _wattif/" in made["error"] and "the run was stopped" in made["error"]
+    assert "Traceback" not in err
 
 
 def test_records_of_tasks_add_up(tmp_path: Path) -> None:
