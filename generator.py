@@ -128,13 +128,20 @@ THROTTLED = (429, 503)  # the statuses with which Cloud Storage asks for fewer r
 MOST_SLOTS = 120  # of the timeline in the record
 EXACT_SECONDS = 6 * 3600  # for which it is kept to the second
 BUSY_SHARE = 0.6  # of the CPU: measured 0.68 to 1.07 in runs that it limits, at most 0.5 in others
+LEAST_SHARE = 0.1  # of the connections' time: in runs so short that they waited less, nothing limits
 LATE_SECONDS = 0.05  # an upload may begin as long after its turn, or an interval if that is longer
 COLD_RATE = 1000  # objects a second that a new bucket takes
 PROCESS_RATE = 350  # objects a second that a process uploads at most, by the benchmark
 BARS = "▁▂▃▄▅▆▇█"
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-WORDS = {"error", "readings_sum", "throttling", "limited_by"}  # of the record that may be null and are no numbers
+WORDS = {
+    "exit_status",
+    "error",
+    "readings_sum",
+    "throttling",
+    "limited_by",
+}  # of the record that may be null and are no numbers
 RULE = re.compile(rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*")
 SECRET = re.compile(  # what is not told but for the name in front of it
     r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
@@ -561,8 +568,8 @@ class Slot(Sum):
     latencies: Counter[int] = field(default_factory=Counter)  # of uploads since they were due, by exponent
     services: Counter[int] = field(default_factory=Counter)  # since they began, by exponent of LATENCY_BASE
     first_uploads: int = 0  # of processes
-    last_files: int = 0  # of processes, which have no other file to upload
-    asked_more: float = 0.0  # objects a second by which the highest rate that was asked of a process rose
+    last_files: int = 0  # of processes, which have no file left
+    asked_more: float = 0.0  # objects a second by which the rate that is asked has risen
     answer_seconds: float = 0.0  # for which upload connections waited for answers, and to be tried again
     file_seconds: float = 0.0  # for files
     turn_seconds: float = 0.0  # for their turn
@@ -605,7 +612,7 @@ class Result(Sum):
     objects_missing: int = 0  # this and the next three are found by --verify, unexpected ones by --resume, too
     objects_different: int = 0
     objects_unexpected: int = 0
-    objects_unchecked: int = 0  # that are there, but cannot be compared
+    objects_unchecked: int = 0  # that are there, but cannot be compared; also after an upload
     failures: list[tuple[str, str]] = field(default_factory=list)  # what is wrong, with which file
     files_left: int = 0  # whose upload failed
     bytes_left: int = 0  # of these files
@@ -878,6 +885,7 @@ class ThreadState(threading.local):
     status: int  # of its response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
     turn: float  # when the upload was due to begin
+    started: float  # when it did
     allowed: float  # seconds from its sending to then
     is_between_chunks: bool = False  # of an object that has one budget
     is_last_part: bool = False  # whether the object is whole with what is sent now
@@ -902,7 +910,7 @@ class Sender:
     turn: float = 0.0  # when the last turn was due; at first, one of the grid
     pace: Pace | None = None  # None without a limit
     paced: float | None = None  # when it was last adapted
-    highest: float = 0.0  # rate so far
+    told: float = 0.0  # its rate when that was last counted
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # when requests ended, and whether by a fault
     turn_lock: threading.Lock = field(default_factory=threading.Lock)
     limit: float = 1.0  # how many uploads may be under way now
@@ -969,7 +977,9 @@ class Sender:
                 raise CancelledError
             thread.began = time.monotonic()
             thread.due = thread.began + self.patience()  # for a token
-            if not is_upload or thread.is_between_chunks:
+            if not thread.is_between_chunks:
+                thread.started = thread.began
+            if not is_upload:
                 thread.turn = thread.began
             thread.is_between_chunks = thread.is_last_part = thread.may_be_stored = False
             try:
@@ -999,12 +1009,12 @@ class Sender:
             while self.busy >= int(self.limit) and not self.stop.value:
                 self.changed.wait(TICK_SECONDS)
             self.busy += 1
-        self.thread.turn = now = time.monotonic()
+        now = time.monotonic()
         if now - entered > TICK_SECONDS / 100:
             self.count(answer_seconds=now - entered)
         try:
-            if self.pace and not self.thread.is_between_chunks:
-                self.thread.turn = self.take_turn()
+            if not self.thread.is_between_chunks:
+                self.thread.turn = self.take_turn() if self.pace else now
             yield
             self.adjust(timed_out=False)
         except Exception as error:
@@ -1062,8 +1072,8 @@ class Sender:
             faults = sum(ends) / len(ends) if ends else None
             pace = next_pace(pace, now - self.paced, faults, doubling, self.share * (run.rps_limit or math.inf))
             self.pace, self.paced = pace, now
-        self.count(asked_more=max(0.0, pace.rate - self.highest))
-        self.highest = max(self.highest, pace.rate)
+        self.count(asked_more=pace.rate - self.told)
+        self.told = pace.rate
         return pace.rate
 
     def wait_until(self, due: float) -> None:
@@ -1101,9 +1111,11 @@ class Sender:
             self.count(began, no_response=-1)
         if is_upload:
             counts["answer_seconds"] = now - began
-            # What is refused or reset at once would flatter, and what is throttled.
-            if (status and status not in THROTTLED) or (not status and now >= thread.due):
-                counts.update(latencies={bucket_of(now - thread.turn): 1}, services={bucket_of(now - began): 1})
+            # An upload has one answer, that to its last part. What is reset at once, or throttled, would flatter.
+            is_over = "objects" in thread.arrived or (status >= 400 and status not in THROTTLED)
+            if is_over or (not status and now >= thread.due):
+                took, late = now - thread.started, now - thread.turn
+                counts.update(latencies={bucket_of(late): 1}, services={bucket_of(took): 1})
             if self.run.ramp:
                 self.recent.append((now, status in THROTTLED or not status))
         self.count(now, **counts)
@@ -1261,7 +1273,7 @@ def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, err
         first_uploads=int(not sender.accepted), objects=int(is_answer_lost), bytes=is_answer_lost * (file.size or 0)
     )
     sender.accepted = sender.accepted_any.value = True
-    return delivered(run, file)
+    return replace(delivered(run, file), objects_unchecked=int(not is_readable))
 
 
 def cause_of(error: BaseException) -> str:
@@ -1447,11 +1459,9 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
                     yield collect(run, pending)
         except Exception as error:
             yield fatal_result(error, run)
-        while len(pending) >= run.upload_workers:
-            yield collect(run, pending)
-        sender.count(last_files=int(sender.accepted))
         while pending:
             yield collect(run, pending)
+        sender.count(last_files=int(sender.accepted), asked_more=-sender.told)
 
 
 def collect(run: Run, pending: list[Future[list[Result]]], *others: Future[Any]) -> Result:
@@ -1778,6 +1788,7 @@ def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -
     run, plan = progress.run, progress.plan
     share = plan.objects / len(plan.days) / plan.day_files
     asked = round(run.rps_limit * share, 3) if run.rps_limit else None
+    rises = itertools.accumulate(slot.asked_more for slot in seconds)
     first, last = find_steady(seconds)
     length, steady = fold(seconds[first:last], MOST_SLOTS)
     rates = {}
@@ -1795,11 +1806,11 @@ def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -
         throttling = {
             "second": onset,
             "utc": f"{progress.date + timedelta(seconds=onset):%Y-%m-%dT%H:%M:%SZ}",
-            "objects_per_second": round(sum(slot.objects for slot in before) / max(1, len(before)), 3),
+            "objects_per_second": round(sum(slot.objects for slot in before) / len(before), 3) if before else None,
             "objects_per_second_since": round(sum(since) / max(1, len(since)), 3),
         }
     return {
-        "asked_objects_per_second": round(sum(slot.asked_more for slot in seconds), 3) if run.ramp else asked,
+        "asked_objects_per_second": round(max(rises), 3) if run.ramp else asked,
         **rates,
         "tail_seconds": round(elapsed - last, 3) if last else None,
         "sustained_objects_per_second": find_sustained(seconds, elapsed) if run.bucket and not run.verify else None,
@@ -1821,8 +1832,9 @@ def find_shares(progress: Progress, whole: Slot, elapsed: float) -> dict[str, An
     if whole.objects and not run.verify:
         waits = {"bucket": shares["answer_share"], "disk": shares["file_share"], "rps-limit": shares["turn_share"]}
         limit = max(waits, key=lambda name: waits[name]) if is_upload else "disk"
+        limit = None if is_upload and waits[limit] < LEAST_SHARE else limit
         limit = "cpu" if limit != "rps-limit" and cpu > BUSY_SHARE else limit
-    return {"limited_by": limit, **shares, "upload_connections": connections if is_upload else 0}
+    return {"limited_by": limit, **shares, "upload_connections": connections if is_upload and plan.slices else 0}
 
 
 def list_slots(seconds: Sequence[Slot]) -> Iterator[dict[str, Any]]:
@@ -1902,7 +1914,7 @@ def describe_plan(run: Run, plan: Plan) -> Iterator[str]:
     yield f"objects      {plan.objects:,} of {inexact}{largest:,} bytes{uploads}"
     yield f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}"
     yield f"processes    {len(plan.slices)}"
-    if run.ramp or run.rps_limit:
+    if is_upload and (run.ramp or run.rps_limit):
         yield f"rate         {describe_rate(run)}; at least {in_time(least_seconds(run, plan))}"
     if not run.verify:
         disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
@@ -2028,11 +2040,12 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
     if onset:
         at = f"throttling began after {in_time(onset['second'])} ({onset['utc'][11:19]} UTC)"
         since = f"{onset['objects_per_second_since']:,.0f} objects/s since"
-        yield f"{at}, at {onset['objects_per_second']:,.0f} objects/s; {since}"
+        before = onset["objects_per_second"]
+        yield f"{at}{'' if before is None else f', at {before:,.0f} objects/s'}; {since}"
     if sustained:
         yield f"the bucket sustains {'' if onset else 'at least '}{sustained:,.0f} objects/s without throttling"
     if record["late_starts"]:
-        asked = f"{record['asked_objects_per_second']:,g} objects/s"
+        asked = f"{record['asked_objects_per_second']:,.4g} objects/s"
         yield f"asked for {asked}; {many(record['late_starts'], 'turn')} unused or late"
     if record["limited_by"] and record["upload_connections"]:
         pace = "--ramp" if record["settings"]["ramp"] else "--rps-limit"
@@ -2063,7 +2076,8 @@ def print_report(progress: Progress, record: dict[str, Any]) -> None:
         if run.verify and record[f"objects_{kind}"]:
             delete = "gcloud storage rm" if run.bucket else "rm"
             say(f"{kind} objects: {advice.format(delete=delete, destination=run.destination())}")
-    kinds = ("missing", "different", "unexpected", "unchecked") if run.verify else ("failed", "skipped", "missing")
+    kinds = ["missing", "different", "unexpected", "unchecked"] if run.verify else ["failed", "skipped", "missing"]
+    kinds += ["unchecked"] * (not run.verify and record["objects_unchecked"] > 0)
     found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
     objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
     rates = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s, {in_bytes(size / seconds)}/s"
@@ -2094,20 +2108,26 @@ def judge(run: Run, record: dict[str, Any]) -> None:
 
 
 def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
-    """Put the record of a complete run beside its data. If that fails, the record says so."""
+    """Put the record of a complete run beside its data, that of a run without a new object only if none is there.
+
+    If that fails, the record says so.
+    """
     name = f"_wattif/{run.start}_{run.end}_task-{run.task_index}-of-{run.task_count}.json"
     name = f"{run.prefix}/{name}" if run.prefix else name
     try:
         if run.bucket:
             sender = Sender(run, stop, find_credentials(run, stop), time.monotonic())
-            blob = open_bucket(run, sender).blob(name)
+            options = {"retry": sender.retrying, "if_generation_match": None if record["objects_done"] else 0}
             with contextlib.suppress(FileExistsError):  # an answer was lost
-                blob.upload_from_string(render_json(record), "application/json", retry=sender.retrying)
-        else:
+                blob = open_bucket(run, sender).blob(name)
+                blob.upload_from_string(render_json(record), "application/json", **options)
+        elif record["objects_done"] or not os.path.exists(os.path.join(str(run.output_dir), name)):
             path = os.path.join(str(run.output_dir), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, [render_json(record).encode()], is_measured=False)
     except (Exception, KeyboardInterrupt) as error:
+        if not record["objects_done"] and re.match(f"HTTP (412|403.*({OVERWRITE}))", cause_of(error)):
+            return  # one is there
         if not stop.value:
             fatal_result(error, run)  # which raises it if it is our fault
         cause = "the run was stopped" if stop.value else explain(error, run)

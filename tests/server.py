@@ -355,6 +355,8 @@ class Server:
         writes = request.name and request.method != "GET"
         if writes and self.index and not self.index.admits(request.name, time.monotonic()):
             return refusal(429, "scripted")
+        if request.query.get("ifGenerationMatch") == "0" and request.name in self.objects:
+            return refusal(412, "At least one of the pre-conditions you specified did not hold.")
         return self.route(request, body)
 
     def name_of(self, path: str, query: dict[str, str], body: memoryview) -> str:

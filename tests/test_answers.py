@@ -108,6 +108,9 @@ def test_an_upload_whose_answer_is_lost_is_delivered(
     assert done.returncode == 0, done.stderr
     assert contents(server) == wanted and not spool(tmp_path)
     assert set(asked.values()) == {2} and report(done)["objects_done"] == len(wanted)
+    unchecked = 0 if may_read or (kind, answer) == ("resumable", None) else len(chosen)
+    assert report(done)["objects_unchecked"] == unchecked
+    assert (f", {unchecked} unchecked\n" in done.stderr) == bool(unchecked)
 
 
 @pytest.mark.parametrize(

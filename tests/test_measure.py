@@ -274,9 +274,35 @@ def test_the_record_is_put_beside_the_data(tmp_path: Path, flags: tuple) -> None
 
 
 def test_the_record_of_files_is_a_file(tmp_path: Path) -> None:
-    done = wattif(*DAILY, "--meters", 7, "--output-dir", tmp_path, "--record", "--json")
+    flags = (*DAILY, "--meters", 7, "--output-dir", tmp_path, "--record", "--json")
+    done = wattif(*flags)
     stored = files_below(tmp_path)["_wattif/2024-01-01_2024-01-02_task-0-of-1.json"]
     assert done.returncode == 0 and json.loads(stored) == report(done)
+    assert report(wattif(*flags, "--resume"))["objects_skipped"] == 14
+    assert files_below(tmp_path)["_wattif/2024-01-01_2024-01-02_task-0-of-1.json"] == stored
+
+
+@pytest.mark.parametrize("create_only", [False, True])
+def test_a_run_that_makes_nothing_keeps_the_record_of_the_one_that_did(tmp_path: Path, create_only: bool) -> None:
+    flags, name = (
+        (*DAILY, "--meters", 7, "--temp-dir", tmp_path, "--json"),
+        "_wattif/2024-01-01_2024-01-02_task-0-of-1.json",
+    )
+    with Server(create_only=create_only) as server:
+        assert upload(server, *flags).returncode == 0
+        resumed = report(upload(server, *flags, "--resume", "--record"))  # the first one made none
+        assert json.loads(server.objects[name].content) == resumed and resumed["objects_skipped"] == 14
+        again = report(upload(server, *flags, "--resume", "--record"))
+        assert again["exit_status"] == 0 and json.loads(server.objects[name].content) == resumed
+
+
+def test_the_latency_of_a_large_object_is_that_of_all_its_parts(tmp_path: Path) -> None:
+    flags = (*DAY, "--meters", 52, "--meters-per-file", 26, "--processes", 1, "--temp-dir", tmp_path, "--json")
+    with Server(keep=False, delay=0.3) as server:
+        made = report(upload(server, *flags))
+    assert made["responses"] == {"200": 4, "308": 2}  # a session and two chunks for each
+    assert sum(made["latency_histogram"].values()) == made["objects_done"] == 2
+    assert 0.9 <= made["service_p50_seconds"] <= made["latency_p50_seconds"] < 3
 
 
 def test_a_record_that_cannot_be_stored_is_an_error(tmp_path: Path) -> None:

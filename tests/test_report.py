@@ -109,6 +109,7 @@ def test_json_reports_what_was_done(tmp_path: Path) -> None:
         repaired = report(wattif(*SMALL, "--output-dir", tmp_path / "out", "--json"))
     assert made["objects_planned"] == made["objects_done"] == 300 and made["readings"] == 7200
     assert made["bytes"] == 7200 * 79 and made["exit_status"] == 0 and made["error"] is None
+    assert made["throttling"]["objects_per_second"] is None  # nothing was before it
     assert made["responses"] == {"200": 300, "429": 5} and made["throttled"] == made["retries"] == 5
     assert 0.05 <= made["latency_p50_seconds"] <= made["latency_p99_seconds"] <= made["latency_max_seconds"]
     assert sum(slot["bytes"] for slot in made["timeline"]) == made["bytes"]
