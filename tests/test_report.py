@@ -83,7 +83,7 @@ def test_a_terminal_has_one_live_line(tmp_path: Path, columns: int, processes: i
         assert any(re.search(r"\[#+\.+\].* objects .*B/s .* left", line) for line in live)
     lines = [piece for piece in screen.split(ERASE) if "\n" in piece]
     assert all(piece.endswith("\r\n") and piece.count("\n") == 1 for piece in lines)  # none torn, nothing left behind
-    assert sum("uploaded" in line for line in lines) == (31 if processes == 1 else 34) and "\x1b" not in "".join(
+    assert sum(": uploaded " in line for line in lines) == (31 if processes == 1 else 34) and "\x1b" not in "".join(
         lines + live
     )
 
