@@ -135,13 +135,8 @@ PROCESS_RATE = 350  # objects a second that a process uploads at most, by the be
 BARS = "▁▂▃▄▅▆▇█"
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-WORDS = {
-    "exit_status",
-    "error",
-    "readings_sum",
-    "throttling",
-    "limited_by",
-}  # of the record that may be null and are no numbers
+# Of the record, what may be null and is no number to judge:
+WORDS = {"exit_status", "error", "readings_sum", "throttling", "limited_by"}
 RULE = re.compile(rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*")
 SECRET = re.compile(  # what is not told but for the name in front of it
     r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
@@ -733,11 +728,6 @@ class Spoiler:
                 yield b"%s%012X%s%s%s" % (ROW[:ID_OFFSET], address, middle, digits, ROW_END)
                 self.thousandths += reading_of(columns, row)
 
-    def take_thousandths(self) -> int:
-        """Return the sum of the readings since it was last taken."""
-        taken, self.thousandths = self.thousandths, 0
-        return taken
-
 
 def reading_of(columns: list[bytearray], row: int) -> int:
     """Return the reading of a row, in thousandths."""
@@ -813,9 +803,9 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
     """Write a batch until a stop, --verify only draws it. Returns files, sizes, checksums."""
     template = render_day_template(batch.day, run.interval)
     meters = itertools.chain.from_iterable(file.addresses for file in batch.files)
-    spoiler = Spoiler(run, batch.day) if run.flaws else None
-    rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed, spoiler)
-    written = []
+    spoiler, written = Spoiler(run, batch.day), []
+    spoiling = spoiler if run.flaws else None
+    rows = generate_smart_meter_readings_for_day(batch.day, template, meters, run.seed, spoiling)
     if not run.verify:
         os.makedirs(batch.folder, exist_ok=True)
     for file in batch.files:
@@ -823,9 +813,9 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
             break
         chunks: Iterable[Any] = itertools.islice(rows, len(file.addresses))
         chunks = compress(chunks) if run.gzip else chunks
-        path = os.path.join(batch.folder, file.name)
+        path, before = os.path.join(batch.folder, file.name), spoiler.thousandths
         size, checksum = measure(chunks) if run.verify else write_file(path, chunks, bool(run.bucket))
-        thousandths = spoiler.take_thousandths() if spoiler else 0
+        thousandths = spoiler.thousandths - before
         written.append(file._replace(size=size, checksum=checksum, thousandths=thousandths))
     log.debug("%s: wrote %d files", batch.day, len(written))
     return written
@@ -882,15 +872,14 @@ class ThreadState(threading.local):
     is_sized: bool  # whether it is known how many bytes it has
     began: float  # when the try did, on the monotonic clock, as all moments here
     due: float  # when its answer must be there
-    status: int  # of its response, 0 before that
+    allowed: float  # seconds from its sending to then
+    status: int | None  # of its response, 0 once all is sent
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
     turn: float  # when the upload was due to begin
     started: float  # when it did
-    allowed: float  # seconds from its sending to then
     is_between_chunks: bool = False  # of an object that has one budget
     is_last_part: bool = False  # whether the object is whole with what is sent now
-    may_be_stored: bool = False  # whether this try may have stored the object
-    is_uncertain: bool = False  # whether an earlier one may have
+    is_uncertain: bool = False  # whether an earlier try may have stored it
 
 
 def shared_byte() -> ctypes.c_byte:
@@ -981,7 +970,7 @@ class Sender:
                 thread.started = thread.began
             if not is_upload:
                 thread.turn = thread.began
-            thread.is_between_chunks = thread.is_last_part = thread.may_be_stored = False
+            thread.is_between_chunks, thread.status = False, None
             try:
                 response = request()
             except Exception as error:
@@ -990,9 +979,11 @@ class Sender:
                     raise ConnectionError(error) from error  # it is retried: the source may recover
                 if thread.is_uncertain and re.match(f"HTTP (412(?!.*constraint)|403.*({OVERWRITE}))", cause_of(error)):
                     raise FileExistsError from error  # an earlier try has stored the object
-                thread.is_uncertain |= thread.may_be_stored
+                # What is sent whole may be stored, unless a whole answer says otherwise.
                 if isinstance(error, OddAnswer):
                     error.is_uncertain = thread.is_uncertain
+                elif thread.status in (0, 200, 408) or (thread.status or 0) >= 500:
+                    thread.is_uncertain |= thread.is_last_part
                 raise
             finally:
                 took = min(time.monotonic(), thread.due) - thread.began  # not what a stopped process has slept
@@ -1091,7 +1082,7 @@ class Sender:
         if not thread.is_sized:
             thread.sending, thread.is_sized = needed, True
         thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
-        began, thread.status, thread.arrived = time.monotonic(), 0, {}
+        began, thread.status, thread.arrived = time.monotonic(), None, {}
         thread.due = began + thread.allowed
         part = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
         thread.is_last_part = "=multipart" in request.url or bool(part and int(part[1]) + 1 == int(part[2]))
@@ -1133,8 +1124,8 @@ class Sender:
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
-        # Now all is sent, but for a proxy that was asked for a tunnel, which has no method.
-        self.thread.may_be_stored = self.thread.is_last_part and bool(options.get("method"))
+        if options.get("method"):  # a proxy that was asked for a tunnel has none
+            self.thread.status = 0
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
@@ -1144,24 +1135,20 @@ class Sender:
     def on_response(self, response: Any, **_: Any) -> None:
         """Count a response, and keep what it says of an object: a hook of the HTTP session."""
         request, status, thread = response.request, response.status_code, self.thread
-        is_last_part, thread.is_last_part = thread.is_last_part, False  # nor of what is asked for a token now
-        thread.may_be_stored = is_last_part and (status in (200, 408) or status >= 500)
-        is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
         thread.status = status
+        is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
         if request.method == "PUT" and status in (200, 308):
             thread.arrived["bytes"] = len(request.body or b"")
         self.reached = self.reached or status < 400  # what refuses may be a proxy
         if is_object or (status == 200 and "/o/" in request.url):
-            content = response.content
-            thread.may_be_stored = False  # the answer did not break off: if it is odd, it is somebody else's
             with understanding("what the bucket says of an object"):
-                answer = orjson.loads(content)
+                answer = orjson.loads(response.content)
                 size = int(answer["size"])
                 self.stored[answer["name"]] = size, answer.get("crc32c")
                 if is_object:
                     thread.arrived = {"bytes": size, **thread.arrived, "objects": 1}
         sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
-        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not is_last_part
+        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not thread.is_last_part
         if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
