@@ -79,9 +79,9 @@ VERSION = "2.0.0"
 log = logging.getLogger("wattif")
 
 # A run makes a file, in the bucket an object, for each meter and day, or for some meters; its place
-# is its position among those of the day. A task is one machine's share of a run, a slice a process's
-# share of a task: a range of places. A batch goes to the transfer manager in one call; its files
-# wait in the spool. Results say what became of files and requests, and add up to the run's record.
+# is its position among those of the day. A task is one machine's share of a run, a slice a share of
+# a task for one process: a range of places. A batch goes to the transfer manager in one call; its
+# files wait in the spool. Results say what became of files and requests, and add up to the record.
 
 # --- Constants; down to UNEVEN_BYTES they are the data contract, which pipelines rely on. ---------
 
@@ -92,7 +92,7 @@ ID_OFFSET = ROW.index(b"000000000000")
 DIGITS_OFFSET = ROW.index(b"111")
 READING_OFFSET = ROW.index(b"0.111")
 ROW_END = ROW[READING_OFFSET + len("0.111") :]
-# Of a row with a flaw, this many bytes of it are followed by these. The other flaws concern whole rows.
+# Of a row with a flaw, this many bytes are followed by these. Other flaws concern whole rows.
 FLAWS = {
     "missing": (0, b""),
     "duplicate": (ROW_BYTES, b""),
@@ -119,7 +119,7 @@ PARTIAL = re.compile(r"\.[0-9a-f]+\.part")  # the name of a file that is being w
 DISK_BLOCK = 4096  # bytes; what a file system rounds a file up to, and what a directory takes
 UPLOAD_CHUNK_BYTES = 16 << 20  # for objects over 8 MiB; measured: larger ones cost page faults
 MAX_WAIT_SECONDS = 60.0  # for a response, and before a retry
-PAUSE_GROWTH = 1.3  # of a retry's longest pause, 1 s at first; with 2, batches wait for their last files
+PAUSE_GROWTH = 1.3  # of a retry's longest pause, 1 s at first; with 2, batches wait for few files
 SLOWEST_RATE = 50_000  # bytes a second: an upload has as much time more as its bytes take at this
 TICK_SECONDS = 0.1  # how soon a signal, a finished batch or a dead process is noticed
 LATENCY_SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}  # of the uploads
@@ -128,7 +128,7 @@ THROTTLED = (429, 503)  # the statuses with which Cloud Storage asks for fewer r
 MOST_SLOTS = 120  # of the timeline in the record
 EXACT_SECONDS = 6 * 3600  # for which it is kept to the second
 BUSY_SHARE = 0.6  # of the CPU: measured 0.68 to 1.07 in runs that it limits, at most 0.5 in others
-LEAST_SHARE = 0.1  # of the connections' time: in runs so short that they waited less, nothing limits
+LEAST_SHARE = 0.1  # of the connections' time: where they waited less, no wait limits the run
 LATE_SECONDS = 0.05  # an upload may begin as long after its turn, or an interval if that is longer
 COLD_RATE = 1000  # objects a second that a new bucket takes
 PROCESS_RATE = 350  # objects a second that a process uploads at most, by the benchmark
@@ -138,15 +138,17 @@ COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": oper
 # Of the record, what may be null and is no number to judge:
 WORDS = {"exit_status", "error", "readings_sum", "throttling", "limited_by"}
 RULE = re.compile(rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*")
+SECRET_NAME = r"""(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"])"""
 SECRET = re.compile(  # what is not told but for the name in front of it
-    r"""(?is)(bearer\s|ya29\.|eyJ|(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"]))"""
-    r"""[^\s&'"]+|(?<=//)\S+(?=@)|(?:(?<=Failed to parse: )|-----BEGIN).*"""
+    rf"""(?is)(bearer\s|ya29\.|eyJ|{SECRET_NAME})[^\s&'"]+"""
+    r"""|(?<=//)\S+(?=@)|(?:(?<=Failed to parse: )|-----BEGIN).*"""
 )
 TOKEN_REFUSED = "invalid_|unauthorized_|unsupported_|access_denied|deleted_|be refreshed|reauth"
 OVERWRITE = r"objects\.delete'? (access|denied)|cannot be deleted"  # words that no name can have
+IS_THERE = re.compile(f"(?i)HTTP (412(?!.*constraint)|403.*({OVERWRITE}))")  # what a refusal says
 NO_NAME = "not known|name resolution|No address associated"
-# No retry mends these:
-LASTING = re.compile(f"(?i)certificate|WRONG_VERSION|HANDSHAKE_FAIL|_PROTOCOL|PROTOCOL_|failed: 407|{NO_NAME}")
+NO_TLS = "certificate|WRONG_VERSION|HANDSHAKE_FAIL|_PROTOCOL|PROTOCOL_"
+LASTING = re.compile(f"(?i){NO_TLS}|failed: 407|{NO_NAME}")  # what no retry mends
 LOG_IN = "run 'gcloud auth application-default login' or give the VM a service account"
 REMEDIES = (  # what to do, by the words of an error, the most telling first
     (f"HTTP 401|{TOKEN_REFUSED}", f"the credentials were not accepted: {LOG_IN}"),
@@ -161,7 +163,7 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     (r"objects\.create\b", "grant roles/storage.objectCreator on gs://{bucket}"),
     ("HTTP 403", "grant roles/storage.objectUser on gs://{bucket}"),
     ("HTTP 404", "create gs://{bucket}, or name another one with --bucket"),
-    ("certificate.required", "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true, with a client certificate that it knows"),
+    ("certificate.required", "set GOOGLE_API_USE_CLIENT_CERTIFICATE=true, with a certificate that it knows"),
     ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of your proxy"),
     ("(HTTP|failed:) 407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
     ("Failed to parse", "see HTTPS_PROXY; in a password, write %23 for #, %2F for / and %3F for ?"),
@@ -509,7 +511,8 @@ def draw_slice(run: Run, plan: Plan, places: range, stop: ctypes.c_byte) -> Slic
     for first in range(meters.start - meters.start % BLOCK_METERS, meters.stop, BLOCK_METERS):
         if stop.value:
             raise CancelledError
-        drawn: Sequence[int] = draw_block(run.seed, first // BLOCK_METERS, min(BLOCK_METERS, run.meters - first))
+        count = min(BLOCK_METERS, run.meters - first)
+        drawn: Sequence[int] = draw_block(run.seed, first // BLOCK_METERS, count)
         if run.meters_per_file == 1:  # a slice is a range of names
             drawn = sorted(drawn)
         addresses.extend(drawn[max(0, meters.start - first) : meters.stop - first])
@@ -528,7 +531,7 @@ def make_file(run: Run, part: Slice, place: int) -> File:
     return File(f"{stem}.ndjson{'.gz' if run.gzip else ''}", size, place, addresses)
 
 
-# --- Results, and the digits of the readings. ------------------------------------------------------
+# --- Results, and the digits of the readings. -----------------------------------------------------
 
 
 class Sum:
@@ -560,12 +563,13 @@ class Slot(Sum):
     no_response: int = 0  # requests without one
     asked: int = 0  # turns that were due
     late: int = 0  # those that nobody took, or long after they were due
-    latencies: Counter[int] = field(default_factory=Counter)  # of uploads since they were due, by exponent
-    services: Counter[int] = field(default_factory=Counter)  # since they began, by exponent of LATENCY_BASE
+    # Of uploads since they were due, and since they began, by exponent of LATENCY_BASE:
+    latencies: Counter[int] = field(default_factory=Counter)
+    services: Counter[int] = field(default_factory=Counter)
     first_uploads: int = 0  # of processes
     last_files: int = 0  # of processes, which have no file left
     asked_more: float = 0.0  # objects a second by which the rate that is asked has risen
-    answer_seconds: float = 0.0  # for which upload connections waited for answers, and to be tried again
+    answer_seconds: float = 0.0  # for which upload connections waited for answers and for retries
     file_seconds: float = 0.0  # for files
     turn_seconds: float = 0.0  # for their turn
 
@@ -575,7 +579,7 @@ class Slot(Sum):
 
 
 def slot_seconds(second: int) -> int:
-    """Return the length of the slot of a second: one at first, two after EXACT_SECONDS, four after twice that."""
+    """Return the length of the slot of a second: 1, then 2 from EXACT_SECONDS, 4 from twice that."""
     return 1 << (second // EXACT_SECONDS).bit_length()
 
 
@@ -604,7 +608,7 @@ class Result(Sum):
     objects_done: int = 0  # delivered; with --verify as they should be
     objects_skipped: int = 0  # that --resume found to be there
     objects_failed: int = 0
-    objects_missing: int = 0  # this and the next three are found by --verify, unexpected ones by --resume, too
+    objects_missing: int = 0  # --verify finds this and the next three, --resume unexpected ones too
     objects_different: int = 0
     objects_unexpected: int = 0
     objects_unchecked: int = 0  # that are there, but cannot be compared; also after an upload
@@ -622,7 +626,8 @@ def fatal_result(error: Exception, run: Run) -> Result:
     """Say why a run cannot go on. Raises errors that only the script itself can cause."""
     if isinstance(error, CancelledError):  # the run has stopped
         return Result()
-    if not isinstance(error, (OSError, MemoryError, RuntimeError)) and not type(error).__module__.startswith("google."):
+    is_known = isinstance(error, (OSError, MemoryError, RuntimeError))
+    if not is_known and not type(error).__module__.startswith("google."):
         raise error
     hint = "; lower --meters or workers" if isinstance(error, (MemoryError, RuntimeError)) else ""
     if getattr(error, "filename", None):
@@ -632,8 +637,8 @@ def fatal_result(error: Exception, run: Run) -> Result:
 
 def delivered(run: Run, file: File) -> Result:
     """Return the result of a file that is where it should be."""
-    readings = run.day_rows * len(file.addresses)
-    return Result(objects_done=1, readings=readings, thousandths=file.thousandths, bytes=file.size or 0)
+    readings, size = run.day_rows * len(file.addresses), file.size or 0
+    return Result(objects_done=1, readings=readings, thousandths=file.thousandths, bytes=size)
 
 
 @functools.lru_cache(maxsize=3)
@@ -660,15 +665,16 @@ def draw_digits(key: str, rows: int) -> list[bytearray]:
         size *= 2
 
 
-# --- Flaws on purpose: which rows have them, and what can still be read. ---------------------------
+# --- Flaws on purpose: which rows have them, and what can still be read. --------------------------
 
 
 def draw_flaws(key: str, rows: int, counts: dict[str, int]) -> list[tuple[int, str]]:
-    """Draw rows and their flaws, in the order of rows; all ways to place them are equally likely."""
-    # A shuffle (Fisher and Yates) of places as far as needed. A place of the kind "disorder" is two rows wide.
+    """Draw rows and their flaws in the order of rows; all ways to place them are equally likely."""
+    # A shuffle (Fisher and Yates) as far as needed. A place of the kind "disorder" has two rows.
     kinds = [kind for kind in FLAWS for _ in range(counts.get(kind, 0))]
     places, moved, drawn = rows - counts.get("disorder", 0), {}, []
-    numbers = struct.unpack(f"<{len(kinds)}Q", hashlib.shake_128(f"flaws/{key}".encode()).digest(8 * len(kinds)))
+    random_bytes = hashlib.shake_128(f"flaws/{key}".encode()).digest(8 * len(kinds))
+    numbers = struct.unpack(f"<{len(kinds)}Q", random_bytes)
     for first, (number, kind) in enumerate(zip(numbers, kinds)):
         other = first + number % (places - first)
         drawn.append((moved.get(other, other), kind))
@@ -682,11 +688,12 @@ def add_digits(column: bytearray) -> int:
     """Add up the ASCII digits of a column."""
     # Adler-32 (RFC 1950) has 1 + the sum of the bytes, modulo 65521, in its lower half.
     pieces = (column[first : first + 7000] for first in range(0, len(column), 7000))
-    return sum(((zlib.adler32(piece) & 0xFFFF) - 1 - ord("0") * len(piece)) % 65521 for piece in pieces)
+    sums = ((zlib.adler32(piece) & 0xFFFF) - 1 - ord("0") * len(piece) for piece in pieces)
+    return sum(digits % 65521 for digits in sums)
 
 
 class Spoiler:
-    """Puts flaws into the rows of meters on one day, and adds up the readings that can still be read."""
+    """Puts flaws into the rows of meters on one day, and adds up what can still be read."""
 
     def __init__(self, run: Run, day: date) -> None:
         self.counts, self.seed, self.rows = run.flaw_counts, run.seed, run.day_rows
@@ -698,7 +705,8 @@ class Spoiler:
     def spoil(self, address: int, clean: bytearray, columns: list[bytearray]) -> bytes:
         """Return the rows of a meter-day with flaws, after them the late ones of the day before."""
         view, parts, done, key = memoryview(clean), [], 0, f"{self.seed}/{address:012X}"
-        self.thousandths += sum(value * add_digits(column) for value, column in zip((100, 10, 1), columns))
+        hundreds, tens, ones = map(add_digits, columns)
+        self.thousandths += 100 * hundreds + 10 * tens + ones
         for row, kind in draw_flaws(f"{key}/{self.day}", self.rows, self.counts):
             start, (kept, tail) = row * ROW_BYTES, FLAWS[kind]
             parts.append(view[done : start + kept])
@@ -735,7 +743,7 @@ def reading_of(columns: list[bytearray], row: int) -> int:
     return 100 * hundreds + 10 * tens + ones - 111 * ord("0")
 
 
-# --- Meter-days, and batches of files, which one pool of threads writes. ----------------------------
+# --- Meter-days, and batches of files, which one pool of threads writes. --------------------------
 
 
 def generate_smart_meter_readings_for_day(
@@ -825,7 +833,7 @@ def write_batch(run: Run, batch: Batch, stop: ctypes.c_byte) -> list[File]:
 
 
 def next_turn(now: float, last: float, interval: float) -> tuple[float, int]:
-    """Return when the next turn is due, on a grid from the last one on, and how many are lost by then.
+    """Return when the next turn is due, on a grid from the last one on, and how many were lost.
 
     All times are in seconds. A turn that is past is lost, unless it is the one after the last.
     """
@@ -844,15 +852,15 @@ class Pace(NamedTuple):
 def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float, most: float) -> Pace:
     """Return the pace of --ramp after some more seconds.
 
-    With `faults`, the share of answers 429 and 503 and of requests without an answer, or None if nothing was answered:
+    With `faults`, the share of 429, of 503 and of requests without an answer, or None without requests:
 
         rate * 0.75                         above 5%
         rate * 0.9                          above 1%, if the rate has been held for doubling / 5
         rate                                above 1%, or None
         rate * 2 ** (seconds / doubling)    otherwise, at most `most`
 
-    A rate that was lowered is held for doubling / 5, and is never below 0.1. `doubling` is 20 minutes or more where the
-    bucket is to be warmed up as https://cloud.google.com/storage/docs/request-rate asks.
+    A rate that was lowered is held for doubling / 5, and is never below 0.1. To warm up a bucket,
+    https://cloud.google.com/storage/docs/request-rate asks for a doubling of 20 minutes or more.
     """
     held, lowered = pace.held + seconds, pace.lowered + seconds
     if lowered < doubling / 5 or faults is None:
@@ -873,7 +881,8 @@ class ThreadState(threading.local):
     began: float  # when the try did, on the monotonic clock, as all moments here
     due: float  # when its answer must be there
     allowed: float  # seconds from its sending to then
-    status: int | None  # of its response, 0 once all is sent
+    is_sent: bool  # whether the server has all of it
+    status: int  # of its response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
     turn: float  # when the upload was due to begin
     started: float  # when it did
@@ -900,17 +909,17 @@ class Sender:
     pace: Pace | None = None  # None without a limit
     paced: float | None = None  # when it was last adapted
     told: float = 0.0  # its rate when that was last counted
-    recent: deque[tuple[float, bool]] = field(default_factory=deque)  # when requests ended, and whether by a fault
+    recent: deque[tuple[float, bool]] = field(default_factory=deque)  # ends of requests; by a fault?
     turn_lock: threading.Lock = field(default_factory=threading.Lock)
     limit: float = 1.0  # how many uploads may be under way now
     busy: int = 0  # how many are
     narrowed: float = 0.0  # when the limit was last halved, on the monotonic clock
     changed: threading.Condition = field(default_factory=threading.Condition)
     accepted: bool = False  # whether the bucket has taken an object
-    accepted_any: ctypes.c_byte = field(default_factory=shared_byte)  # whether it has of any process
+    accepted_any: ctypes.c_byte = field(default_factory=shared_byte)  # of any process
     reached: bool = False  # whether the service has answered
     given_up: int = 0  # requests given up since one last succeeded
-    counts: deque[tuple[int | None, dict[str, Any]]] = field(default_factory=deque)  # by second, not yet taken
+    counts: deque[tuple[int | None, dict]] = field(default_factory=deque)  # by second, not yet taken
     stored: dict[str, tuple[int, str | None]] = field(default_factory=dict)  # by name
     thread: ThreadState = field(default_factory=ThreadState)
     bucket: Any = None  # once it is open
@@ -970,23 +979,24 @@ class Sender:
                 thread.started = thread.began
             if not is_upload:
                 thread.turn = thread.began
-            thread.is_between_chunks, thread.status = False, None
+            thread.is_between_chunks = thread.is_sent = False
             try:
                 response = request()
             except Exception as error:
                 is_about_token = type(error).__module__ == "google.auth.exceptions"
                 if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
                     raise ConnectionError(error) from error  # it is retried: the source may recover
-                if thread.is_uncertain and re.match(f"HTTP (412(?!.*constraint)|403.*({OVERWRITE}))", cause_of(error)):
+                if thread.is_uncertain and IS_THERE.match(cause_of(error)):
                     raise FileExistsError from error  # an earlier try has stored the object
                 # What is sent whole may be stored, unless a whole answer says otherwise.
                 if isinstance(error, OddAnswer):
                     error.is_uncertain = thread.is_uncertain
-                elif thread.status in (0, 200, 408) or (thread.status or 0) >= 500:
+                elif thread.is_sent and (thread.status in (0, 200, 408) or thread.status >= 500):
                     thread.is_uncertain |= thread.is_last_part
                 raise
             finally:
-                took = min(time.monotonic(), thread.due) - thread.began  # not what a stopped process has slept
+                # Not what a stopped process has slept:
+                took = min(time.monotonic(), thread.due) - thread.began
                 thread.spare -= max(0.0, took - thread.sending)
                 thread.sending = max(0.0, thread.sending - took)
             self.given_up = 0
@@ -1031,12 +1041,12 @@ class Sender:
                 self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
 
     def take_turn(self) -> float:
-        """Wait for the next turn. Counts it and those that nobody took; returns when the first of them was due."""
+        """Wait for the next turn. Returns when it, or the first lost before it, was due."""
         entered = time.monotonic()
         with self.turn_lock:  # threads queue, so none takes a turn early
             now = time.monotonic()
             interval = 1 / self.rate_at(now)
-            if not self.accepted:  # a process begins with one upload; no turn is lost before that is answered
+            if not self.accepted:  # a process begins with one upload; until then no turn is lost
                 self.turn += (now - self.turn) // interval * interval
             first = self.turn + interval
             self.turn, lost = next_turn(now, self.turn, interval)
@@ -1051,7 +1061,7 @@ class Sender:
         return first
 
     def rate_at(self, now: float) -> float:
-        """Return how many objects a second may begin now, with --ramp by what the bucket answers."""
+        """Return how many objects a second may begin now, with --ramp by what was answered."""
         run, pace = self.run, self.pace or Pace(math.inf)
         doubling = 60 * run.ramp_minutes
         window = min(10.0, doubling / 10)
@@ -1061,7 +1071,8 @@ class Sender:
                 self.recent.popleft()
             ends = [is_fault for _, is_fault in list(self.recent)]
             faults = sum(ends) / len(ends) if ends else None
-            pace = next_pace(pace, now - self.paced, faults, doubling, self.share * (run.rps_limit or math.inf))
+            most = self.share * (run.rps_limit or math.inf)
+            pace = next_pace(pace, now - self.paced, faults, doubling, most)
             self.pace, self.paced = pace, now
         self.count(asked_more=pace.rate - self.told)
         self.told = pace.rate
@@ -1082,10 +1093,11 @@ class Sender:
         if not thread.is_sized:
             thread.sending, thread.is_sized = needed, True
         thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
-        began, thread.status, thread.arrived = time.monotonic(), None, {}
+        began, thread.status, thread.arrived = time.monotonic(), 0, {}
         thread.due = began + thread.allowed
-        part = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
-        thread.is_last_part = "=multipart" in request.url or bool(part and int(part[1]) + 1 == int(part[2]))
+        sent = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
+        is_last_chunk = bool(sent) and int(sent[1]) + 1 == int(sent[2])
+        thread.is_last_part = "=multipart" in request.url or is_last_chunk
         self.count(began, no_response=1)  # until the answer comes
         try:
             return send(request, **{**options, "timeout": thread.allowed})
@@ -1102,7 +1114,7 @@ class Sender:
             self.count(began, no_response=-1)
         if is_upload:
             counts["answer_seconds"] = now - began
-            # An upload has one answer, that to its last part. What is reset at once, or throttled, would flatter.
+            # An upload has one answer, to its last part. What is reset at once, or throttled, would flatter.
             is_over = "objects" in thread.arrived or (status >= 400 and status not in THROTTLED)
             if is_over or (not status and now >= thread.due):
                 took, late = now - thread.started, now - thread.turn
@@ -1112,7 +1124,7 @@ class Sender:
         self.count(now, **counts)
 
     def renew_token(self, refresh: Callable[[Any], None], request: Any) -> None:
-        """Refresh the credentials in time. An answer that cannot be understood is a fault that may pass."""
+        """Refresh the credentials in time. An answer that is none is a fault that may pass."""
         from google.auth.exceptions import TransportError
 
         self.thread.due = time.monotonic() + self.patience()
@@ -1124,8 +1136,7 @@ class Sender:
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
-        if options.get("method"):  # a proxy that was asked for a tunnel has none
-            self.thread.status = 0
+        self.thread.is_sent = bool(options.get("method"))  # a proxy asked for a tunnel has none
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
@@ -1148,8 +1159,9 @@ class Sender:
                 if is_object:
                     thread.arrived = {"bytes": size, **thread.arrived, "objects": 1}
         sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
-        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept) and not thread.is_last_part
-        if "upload_id" in request.url and (status in (404, 410) or (status == 308 and not is_kept)):
+        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept)
+        is_lost = status in (404, 410) or (status == 308 and (thread.is_last_part or not is_kept))
+        if "upload_id" in request.url and is_lost:
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
         thread.is_between_chunks = status == 308 or is_session
@@ -1165,7 +1177,8 @@ def find_credentials(run: Run, stop: ctypes.c_byte) -> Any:
         raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; --bucket uses it")
     import google.auth.compute_engine
 
-    is_vm = "GCE_METADATA_HOST" in os.environ or google.auth.compute_engine.detect_gce_residency_linux()
+    is_vm = google.auth.compute_engine.detect_gce_residency_linux()
+    is_vm = is_vm or "GCE_METADATA_HOST" in os.environ
     if not is_vm or "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:  # there is nothing to wait for
         run = replace(run, retry_timeout=1)
     try:  # again, as the metadata server of a VM that has just started may not be up yet
@@ -1190,11 +1203,13 @@ def open_bucket(run: Run, sender: Sender) -> Any:
     session.hooks["response"].append(sender.on_response)
     session.max_redirects = 0  # an upload that is sent elsewhere is not where it should be
     if sender.credentials:
-        session.credentials.refresh = functools.partial(sender.renew_token, session.credentials.refresh)
+        credentials = session.credentials
+        credentials.refresh = functools.partial(sender.renew_token, credentials.refresh)
     # Otherwise requests looks for proxies, certificates and a .netrc anew on every request.
     known = session.merge_environment_settings(client.api_endpoint, {}, None, None, None)
-    session.proxies, session.verify, session.trust_env = known["proxies"] or None, known["verify"], False
-    session.headers = session.params = None  # nor does it merge, as the library's headers are complete
+    session.proxies, session.verify = known["proxies"] or None, known["verify"]
+    session.trust_env = False
+    session.headers = session.params = None  # nor does it merge: the library's headers are complete
     return client.bucket(run.bucket)
 
 
@@ -1205,7 +1220,8 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
     if not run.bucket:  # it stays where it is
         sender.count(objects=len(files), bytes=sum(file.size or 0 for file in files))
         return [delivered(run, file) for file in files]
-    sender.count(file_seconds=(time.monotonic() - began) * min(run.transfer_workers, len(batch.files)))
+    connections = min(run.transfer_workers, len(batch.files))
+    sender.count(file_seconds=(time.monotonic() - began) * connections)
     from google.cloud.storage import transfer_manager
 
     blobs = {}  # by path
@@ -1216,49 +1232,52 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
     content_type = "application/gzip" if run.gzip else "application/x-ndjson"
     pool = {"worker_type": transfer_manager.THREAD, "max_workers": run.transfer_workers}
     errors: dict[str, Any] = dict.fromkeys(blobs)
-    # All files, then again from the start those whose session was lost, apart if the object may be there.
+    # All files, then from the start those whose session was lost, apart if the object may be there.
     for is_uncertain in (None, True, False):
-        paths = [path for path, error in errors.items() if getattr(error, "is_uncertain", None) is is_uncertain]
+        states = {path: getattr(error, "is_uncertain", None) for path, error in errors.items()}
+        paths = [path for path, state in states.items() if state is is_uncertain]
         retry = functools.partial(sender.retrying, is_upload=True, is_uncertain=bool(is_uncertain))
         options = {"content_type": content_type, "checksum": None, "retry": retry}
         pairs = [(path, blobs[path]) for path in paths]
-        errors.update(zip(paths, transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)))
-    results = [check_upload(run, sender, *end) for end in zip(files, blobs, blobs.values(), errors.values())]
+        ends = transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)
+        errors.update(zip(paths, ends))
+    uploads = zip(files, blobs, blobs.values(), errors.values())
+    results = [check_upload(run, sender, *upload) for upload in uploads]
     try:
         for path in itertools.compress(blobs, (not result.objects_failed for result in results)):
             Path(path).unlink(missing_ok=True)  # somebody else may have deleted it
     except OSError as error:
         results.append(fatal_result(error, run))
     remove_if_empty(batch.folder)
-    log.debug("%s: uploaded %d of %d files", batch.day, sum(result.objects_done for result in results), len(files))
+    done = sum(result.objects_done for result in results)
+    log.debug("%s: uploaded %d of %d files", batch.day, done, len(files))
     return results
 
 
-def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, error: Exception | None) -> Result:
+def check_upload(run: Run, sender: Sender, file: File, path: str, blob: Any, error: Any) -> Result:
     """Return what became of an upload: it arrived if the bucket has the file as it should be."""
-    if isinstance(error, CancelledError):
-        return Result()
     is_answer_lost, is_readable = isinstance(error, FileExistsError), True
     if is_answer_lost:
         try:
             error = blob.reload(retry=sender.retrying)
         except Exception as failure:
-            if isinstance(failure, CancelledError):
-                return Result()
-            if cause_of(failure).startswith("HTTP 403"):  # the role may only create
-                is_readable, error = False, None
+            is_readable = not cause_of(failure).startswith("HTTP 403")  # the role may only create
+            error = failure if is_readable else None
+    if isinstance(error, CancelledError):
+        return Result()
     size, checksum = sender.stored.pop(blob.name, (0, None))
     reason = explain(error, run).replace(blob.name, "…") if error else ""
     if not error and is_readable and (size != file.size or checksum not in (None, file.checksum)):
-        reason = f"the bucket has {size:,} bytes with CRC32C {checksum}, not {file.size:,} with {file.checksum}"
+        found, wanted = f"{size:,} bytes with CRC32C {checksum}", f"{file.size:,} with {file.checksum}"
+        reason = f"the bucket has {found}, not {wanted}"
     if reason:
         fatal = "" if sender.accepted_any.value else f"nothing was accepted: {reason}"
-        if re.match(f"the token source.*({TOKEN_REFUSED})", reason, re.I):  # nor will it give another one
-            fatal = fatal or reason
+        if re.match(f"the token source.*({TOKEN_REFUSED})", reason, re.I):
+            fatal = fatal or reason  # nor will it give another one
         return Result([fatal] if fatal else [], objects_failed=1, failures=[(reason, path)])
-    sender.count(
-        first_uploads=int(not sender.accepted), objects=int(is_answer_lost), bytes=is_answer_lost * (file.size or 0)
-    )
+    if is_answer_lost:
+        sender.count(objects=1, bytes=file.size or 0)
+    sender.count(first_uploads=int(not sender.accepted))
     sender.accepted = sender.accepted_any.value = True
     return replace(delivered(run, file), objects_unchecked=int(not is_readable))
 
@@ -1277,12 +1296,13 @@ def cause_of(error: BaseException) -> str:
         error = inner
     if not status:
         kind = "" if isinstance(error, OddAnswer) else type(error).__name__
-        several = len(error.args) > 1 and isinstance(error.args[0], str) and not isinstance(error, ValueError)
-        words = error.args[0] if several else error
+        words = error
+        if len(error.args) > 1 and isinstance(error.args[0], str) and not isinstance(error, ValueError):
+            words = error.args[0]
     else:
         kind = f"HTTP {status}"
-        words = response.headers.get("Location", " ".join(map(str, error.args)) if status < 400 else "")
-        words = words.partition("?")[0]  # what follows may be a secret
+        words = " ".join(map(str, error.args)) if status < 400 else ""
+        words = response.headers.get("Location", words).partition("?")[0]  # secrets may follow
         words = response.text if "text/plain" in response.headers.get("Content-Type", "") else words
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             words = response.json()["error"]["message"]
@@ -1294,7 +1314,8 @@ def explain(error: BaseException, run: Run | None = None) -> str:
     """Say in 200 characters what an error is and, of a run's request, what to do about it."""
     cause = cause_of(error)
     remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, cause, re.I)), "")
-    if run and run.bucket == DEFAULT_BUCKET and remedy.startswith(("create gs", "grant roles/storage")):
+    is_foreign = bool(run) and run.bucket == DEFAULT_BUCKET
+    if is_foreign and remedy.startswith(("create gs", "grant roles/storage")):
         remedy = "this is the default bucket; name yours with --bucket"
     if len(cause) > 200:  # the end says most
         cause = f"{cause[:40]}…{cause[-159:]}"
@@ -1316,7 +1337,8 @@ def list_day(run: Run, plan: Plan, part: Slice, sender: Sender, day: date) -> It
     else:
         folder = os.path.join(str(run.output_dir), prefix)
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        files = (File(name, os.lstat(folder + name).st_size) for name in names if not PARTIAL.fullmatch(name))
+        whole = (name for name in names if not PARTIAL.fullmatch(name))
+        files = (File(name, os.lstat(folder + name).st_size) for name in whole)
     for file in files:
         if first <= file.name and (not end or file.name < end):  # some emulators heed no bounds
             yield file
@@ -1366,7 +1388,8 @@ def verify_batch(run: Run, sender: Sender, batch: Batch, drawn: Future[list[File
     """Compare what is stored of a batch with what should be, by size and CRC32C."""
 
     def compare(stored: File, file: File) -> Result:
-        name, checksum, problem = run.day_prefix(batch.day) + file.name, stored.checksum, "it has no CRC32C"
+        name = run.day_prefix(batch.day) + file.name
+        checksum, problem = stored.checksum, "it has no CRC32C"
         try:
             if stored.size != file.size:
                 checksum = ""  # nor is it read, as a pipe without an end is
@@ -1471,7 +1494,8 @@ def run_slice(run: Run, plan: Plan, folder: str, sender: Sender, places: range) 
     if rate:
         sender.share = len(places) / plan.day_files
         sender.pace = Pace(rate * sender.share)
-        sender.turn = sender.start + places.start / plan.day_files / sender.pace.rate  # all processes alternate
+        # All processes alternate.
+        sender.turn = sender.start + places.start / plan.day_files / sender.pace.rate
     failed = listed = 0
     last = [Result()]  # with what was counted since the end of the last batch
     for result in itertools.chain(run_batches(run, plan, places, folder, sender), last):
@@ -2113,7 +2137,7 @@ def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, [render_json(record).encode()], is_measured=False)
     except (Exception, KeyboardInterrupt) as error:
-        if not record["objects_done"] and re.match(f"HTTP (412|403.*({OVERWRITE}))", cause_of(error)):
+        if not record["objects_done"] and IS_THERE.match(cause_of(error)):
             return  # one is there
         if not stop.value:
             fatal_result(error, run)  # which raises it if it is our fault
