@@ -1676,13 +1676,7 @@ def handle_signals() -> ctypes.c_byte:
     return stop
 
 
-# --- Measuring: what the timeline says of the bucket. ----------------------------------------------
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its children that have ended."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+# --- Measuring: what the timeline says of the bucket. ---------------------------------------------
 
 
 def bucket_of(seconds: float) -> int:
@@ -1692,14 +1686,16 @@ def bucket_of(seconds: float) -> int:
 
 def percentile(latencies: Counter[int], share: float) -> float | None:
     """Return the seconds within which a share of the responses came, to 2.5%; None without any."""
-    wanted, buckets = share * sum(latencies.values()), sorted(latencies)
-    reached = itertools.accumulate(latencies[bucket] for bucket in buckets)
-    within = (bucket for bucket, count in zip(buckets, reached) if count >= wanted)
-    return next((round(LATENCY_BASE ** (bucket - 0.5), 6) for bucket in within), None)
+    left = share * sum(latencies.values())
+    for bucket, count in sorted(latencies.items()):
+        left -= count
+        if left <= 0:
+            return round(LATENCY_BASE ** (bucket - 0.5), 6)
+    return None
 
 
 def per_second(timeline: Timeline, elapsed: float) -> list[Slot]:
-    """Return a slot for each second of a run; one that was longer is that of its first second."""
+    """Return a slot for each second of a run; a longer one is that of its first second."""
     nothing = Slot()
     return [timeline.get(second, nothing) for second in range(max([int(elapsed), *timeline]) + 1)]
 
@@ -1720,25 +1716,24 @@ def throttled_share(slots: Sequence[Slot]) -> float:
 
 
 def find_throttling(seconds: Sequence[Slot]) -> int | None:
-    """Return the first throttled second from which on ten seconds have over 1% of throttled answers."""
-    begins = (second for second, slot in enumerate(seconds) if slot.throttled())
-    return next((second for second in begins if throttled_share(seconds[second : second + 10]) > 0.01), None)
+    """Return the first throttled second whose ten seconds have over 1% of throttled answers."""
+    for second, slot in enumerate(seconds):
+        if slot.throttled() and throttled_share(seconds[second : second + 10]) > 0.01:
+            return second
+    return None
 
 
 def find_sustained(seconds: Sequence[Slot], elapsed: float) -> float | None:
-    """Return the most objects a second over a window of whole seconds with under 1% of throttled answers.
-
-    It has a tenth of the run, from 5 to 60 seconds. None if there is no such window.
-    """
-    width = min(60, max(5, int(elapsed / 10)))
-    columns = [(slot.objects, slot.throttled(), sum(slot.responses.values())) for slot in seconds[: int(elapsed)]]
-    sums = [[0, *itertools.accumulate(column)] for column in zip(*columns)]
-    best = None
-    for first in range(len(columns) - width + 1):
+    """Return the most objects a second over a tenth of the run with under 1% throttled, if any."""
+    width, whole = min(60, max(5, int(elapsed / 10))), seconds[: int(elapsed)]
+    counts = [(slot.objects, slot.throttled(), sum(slot.responses.values())) for slot in whole]
+    sums = [[0, *itertools.accumulate(column)] for column in zip(*counts)]
+    calm = []
+    for first in range(len(whole) - width + 1):
         objects, throttled, answers = (column[first + width] - column[first] for column in sums)
         if 100 * throttled < max(1, answers):
-            best = max(best or 0, objects)
-    return None if best is None else round(best / width, 3)
+            calm.append(objects)
+    return round(max(calm) / width, 3) if calm else None
 
 
 def find_steady(seconds: Sequence[Slot]) -> tuple[int, int]:
@@ -1752,17 +1747,14 @@ def make_record(progress: Progress, signum: int) -> dict[str, Any]:
     """Return the record of a run, which a signal may have stopped: see README."""
     run, plan, total = progress.run, progress.plan, progress.total
     elapsed = max(time.monotonic() - progress.started, 1e-3)
-    seconds = per_second(total.timeline, elapsed)
-    whole = fold(seconds, 1)[1][0]
-    incomplete = total.objects_done + total.objects_skipped != plan.objects
-    status = int(bool(incomplete or (run.verify and total.objects_unexpected) or total.errors or total.failures))
-    units, part = divmod(total.thousandths, 1000)
-    readings_sum = f"{units}.{part:03d}" if run.flaws and total.objects_done == plan.objects else None
-    counts = {name: value for name, value in vars(total).items() if re.match("(objects|files|bytes)", name)}
+    counted = re.compile("objects|files|bytes|readings")
+    counts = {name: value for name, value in vars(total).items() if counted.match(name)}
+    there = total.objects_done + total.objects_skipped
     if not run.verify:
-        counts["objects_missing"] = plan.objects - sum(
-            counts[f"objects_{kind}"] for kind in ("done", "skipped", "failed")
-        )
+        counts["objects_missing"] = plan.objects - there - total.objects_failed
+    unexpected = run.verify and total.objects_unexpected
+    status = int(bool(there != plan.objects or unexpected or total.errors or total.failures))
+    is_told = run.flaws and total.objects_done == plan.objects
     return {
         "started": f"{progress.date:%Y-%m-%dT%H:%M:%SZ}",
         "host": platform.node(),
@@ -1774,87 +1766,102 @@ def make_record(progress: Progress, signum: int) -> dict[str, Any]:
         "error": total.errors[0] if total.errors else None,
         **counts,
         "failures": [*name_failures(total.failures, run.verify)],
-        "readings": total.readings,
-        "readings_sum": readings_sum,
+        "readings_sum": "{}.{:03}".format(*divmod(total.thousandths, 1000)) if is_told else None,
         "elapsed_seconds": round(elapsed, 3),
-        "mean_objects_per_second": round(total.objects_done / elapsed, 3),
-        "mean_bytes_per_second": round(total.bytes / elapsed),
+        **measure_bucket(progress, elapsed),
+        "expectations": [],
+    }
+
+
+def measure_bucket(progress: Progress, elapsed: float) -> dict[str, Any]:
+    """Return what the record says of the rates, answers and latencies, and of what limited them."""
+    seconds = per_second(progress.total.timeline, elapsed)
+    whole = fold(seconds, 1)[1][0]
+    length, slots = fold(seconds, MOST_SLOTS)
+    same = ("objects", "bytes", "responses", "retries", "no_response", "late", "asked")
+    timeline = []
+    for number, slot in enumerate(slots):
+        times = {name: percentile(slot.latencies, LATENCY_SHARES[name]) for name in ("p50", "p99")}
+        counts = {name: getattr(slot, name) for name in same}
+        timeline.append({"second": number * length, "seconds": length, **counts, **times})
+    shares = LATENCY_SHARES.items()
+    histogram = sorted(whole.latencies.items())
+    return {
         **measure_rates(progress, seconds, elapsed),
         "responses": whole.responses,
         "throttled": whole.throttled(),
         "no_response": whole.no_response,
         "retries": whole.retries,
         "late_starts": whole.late,
-        **{f"latency_{name}_seconds": percentile(whole.latencies, p) for name, p in LATENCY_SHARES.items()},
-        **{f"service_{name}_seconds": percentile(whole.services, p) for name, p in LATENCY_SHARES.items()},
-        "latency_histogram": {f"{LATENCY_BASE**n:.6g}": count for n, count in sorted(whole.latencies.items())},
-        **find_shares(progress, whole, elapsed),
-        "timeline": [*list_slots(seconds)],
-        "expectations": [],
+        **{f"latency_{name}_seconds": percentile(whole.latencies, share) for name, share in shares},
+        **{f"service_{name}_seconds": percentile(whole.services, share) for name, share in shares},
+        "latency_histogram": {f"{LATENCY_BASE**bucket:.6g}": count for bucket, count in histogram},
+        **find_limit(progress, whole, elapsed),
+        "timeline": timeline,
     }
 
 
 def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -> dict[str, Any]:
     """Return what was asked of the bucket, what it took, and since when it throttled."""
-    run, plan = progress.run, progress.plan
-    share = plan.objects / len(plan.days) / plan.day_files
-    asked = round(run.rps_limit * share, 3) if run.rps_limit else None
-    rises = itertools.accumulate(slot.asked_more for slot in seconds)
+    run, plan, total = progress.run, progress.plan, progress.total
+    asked = (run.rps_limit or 0) * plan.objects / len(plan.days) / plan.day_files
+    if run.ramp:
+        asked = max(itertools.accumulate(slot.asked_more for slot in seconds))
     first, last = find_steady(seconds)
     length, steady = fold(seconds[first:last], MOST_SLOTS)
-    rates = {}
-    for name in ("objects", "bytes"):
-        counts = sorted(getattr(slot, name) for slot in steady[: (last - first) // length])  # whole ones
-        rates[f"steady_{name}_per_second"] = round(counts[len(counts) // 2] / length, 3) if last - first >= 5 else None
-        peaks = (getattr(slot, name) / slot_seconds(second) for second, slot in enumerate(seconds))
-        rates[f"peak_{name}_per_second"] = round(max(sum(getattr(slot, name) for slot in seconds) / elapsed, *peaks), 3)
-    onset = find_throttling(seconds)
-    throttling = None
+    rates: dict[str, Any] = {}
+    for name, done in (("bytes", total.bytes), ("objects", total.objects_done)):
+        counts = [getattr(slot, name) for slot in seconds]
+        peak = max(count / slot_seconds(second) for second, count in enumerate(counts))
+        median = sorted(getattr(slot, name) for slot in steady)[len(steady) // 2 :][:1]
+        rates[f"mean_{name}_per_second"] = round(done / elapsed, 3)
+        rates[f"peak_{name}_per_second"] = round(max(peak, sum(counts) / elapsed), 3)
+        steady_rate = round(median[0] / length, 3) if last - first >= 5 else None
+        rates[f"steady_{name}_per_second"] = steady_rate
+    onset, throttling = find_throttling(seconds), None
     if onset is not None:
-        begun = next(second for second, slot in enumerate(seconds) if slot.responses)
-        before = seconds[max(begun + 1, onset - 10) : onset]  # the first second is no whole one
-        since = [slot.objects for slot in seconds[onset : last if last > onset else int(elapsed)]]
+        answered = next(second for second, slot in enumerate(seconds) if slot.responses)
+        before = counts[max(answered + 1, onset - 10) : onset]  # the first is no whole second
+        since = counts[onset : last if last > onset else None]
         throttling = {
             "second": onset,
             "utc": f"{progress.date + timedelta(seconds=onset):%Y-%m-%dT%H:%M:%SZ}",
-            "objects_per_second": round(sum(slot.objects for slot in before) / len(before), 3) if before else None,
-            "objects_per_second_since": round(sum(since) / max(1, len(since)), 3),
+            "objects_per_second": round(sum(before) / len(before), 3) if before else None,
+            "objects_per_second_since": round(sum(since) / len(since), 3),
         }
+    sustained = find_sustained(seconds, elapsed) if run.bucket and not run.verify else None
     return {
-        "asked_objects_per_second": round(max(rises), 3) if run.ramp else asked,
         **rates,
+        "asked_objects_per_second": round(asked, 3) or None,
         "tail_seconds": round(elapsed - last, 3) if last else None,
-        "sustained_objects_per_second": find_sustained(seconds, elapsed) if run.bucket and not run.verify else None,
+        "sustained_objects_per_second": sustained,
         "throttling": throttling,
     }
 
 
-def find_shares(progress: Progress, whole: Slot, elapsed: float) -> dict[str, Any]:
-    """Return how busy the CPU was, what the upload connections waited for, and what limited the run by that."""
+def find_limit(progress: Progress, whole: Slot, elapsed: float) -> dict[str, Any]:
+    """Return how busy the CPU was, what uploads waited for, and what limited the run by that."""
     run, plan = progress.run, progress.plan
     processes, is_upload = max(1, len(plan.slices)), bool(run.bucket) and not run.verify
     connections = processes * run.upload_workers * min(run.transfer_workers, plan.batch_files)
-    cpu = (cpu_seconds() - progress.cpu_before) / elapsed / min(processes, count_cores())
-    shares: dict[str, Any] = {"cpu_share": round(cpu, 3)}
+    cpu = (sum(os.times()[:4]) - progress.cpu_before) / elapsed / min(processes, count_cores())
+    shares = {}
     for name in ("answer", "file", "turn"):
-        waited = getattr(whole, f"{name}_seconds") / connections / elapsed
-        shares[f"{name}_share"] = round(waited, 3) if is_upload else None
-    limit = None
-    if whole.objects and not run.verify:
-        waits = {"bucket": shares["answer_share"], "disk": shares["file_share"], "rps-limit": shares["turn_share"]}
-        limit = max(waits, key=lambda name: waits[name]) if is_upload else "disk"
-        limit = None if is_upload and waits[limit] < LEAST_SHARE else limit
-        limit = "cpu" if limit != "rps-limit" and cpu > BUSY_SHARE else limit
-    return {"limited_by": limit, **shares, "upload_connections": connections if is_upload and plan.slices else 0}
-
-
-def list_slots(seconds: Sequence[Slot]) -> Iterator[dict[str, Any]]:
-    """Yield the slots of the timeline in the record."""
-    length, slots = fold(seconds, MOST_SLOTS)
-    for number, slot in enumerate(slots):
-        counts = {name: getattr(slot, name) for name in ("objects", "bytes", "responses", "retries", "no_response")}
-        times = {name: percentile(slot.latencies, LATENCY_SHARES[name]) for name in ("p50", "p99")}
-        yield {"second": number * length, "seconds": length, **counts, "late": slot.late, "asked": slot.asked, **times}
+        waited = getattr(whole, f"{name}_seconds") / connections
+        shares[f"{name}_share"] = round(waited / elapsed, 3)
+    share, limit = max(zip(shares.values(), ("bucket", "disk", "rps-limit")))
+    if not is_upload:
+        limit, shares = "disk", dict.fromkeys(shares)
+    elif share < LEAST_SHARE:
+        limit = None
+    if limit != "rps-limit" and cpu > BUSY_SHARE:
+        limit = "cpu"
+    return {
+        "limited_by": limit if whole.objects and not run.verify else None,
+        "cpu_share": round(cpu, 3),
+        **shares,
+        "upload_connections": connections if is_upload and plan.slices else 0,
+    }
 
 
 # --- Reporting: standard error is for people, standard output for programs. -----------------------
@@ -1867,10 +1874,10 @@ def on_terminal() -> bool:
 
 def say(line: str, end: str = "\n") -> None:
     """Write a line to standard error over the live line, with control characters escaped."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
+    line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
     # A full disk or a closed pipe is ignored. The buffer of sys.stderr would keep the text.
     with contextlib.suppress(OSError):
-        text = ("\r\x1b[K" if on_terminal() else "") + "".join(escaped) + end
+        text = ("\r\x1b[K" if on_terminal() else "") + line + end
         os.write(sys.stderr.fileno(), text.encode(sys.stderr.encoding, "backslashreplace"))
 
 
@@ -1883,61 +1890,72 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} PB"
 
 
-def least_seconds(run: Run, plan: Plan) -> float:
-    """Return how long a run takes at the rate that it asks for, if all goes well.
+def in_time(seconds: float) -> str:
+    """Write a duration in its two largest units, or in seconds or milliseconds."""
+    if seconds < 60:
+        return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
 
-    A ramp from S objects a second on that doubles in M seconds has S * M / ln 2 * (2 ** (t / M) - 1) of them after t.
+
+def many(count: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def describe_rate(run: Run, objects: int) -> str:
+    """Say how many objects a second a run asks for, and how long it takes if all goes well.
+
+    A ramp from S a second on that doubles in M seconds has S * M / ln 2 * (2 ** (t / M) - 1) by t.
     """
-    objects, limit = len(plan.days) * plan.day_files, run.rps_limit or math.inf
-    if not run.ramp:
-        return objects / limit
-    doubling = 60 * run.ramp_minutes
-    scale = run.ramp * doubling / math.log(2)
-    ramped = min(objects, (limit / run.ramp - 1) * scale)
-    return doubling * math.log2(1 + ramped / scale) + (objects - ramped) / limit
-
-
-def describe_rate(run: Run) -> str:
-    """Say how many objects a second a run asks for."""
-    most = f"at most {run.rps_limit:,g} objects/s" if run.rps_limit else ""
-    if not run.ramp:
-        return most
-    return f"{run.ramp:,g} objects/s, doubled every {run.ramp_minutes:g} min{', ' if most else ''}{most}"
+    limit = run.rps_limit or math.inf
+    seconds, rates = objects / limit, []
+    if run.ramp:
+        doubling = 60 * run.ramp_minutes
+        scale = run.ramp * doubling / math.log(2)
+        ramped = min(objects, (limit / run.ramp - 1) * scale)
+        seconds = doubling * math.log2(1 + ramped / scale) + (objects - ramped) / limit
+        rates.append(f"{run.ramp:,g} objects/s, doubled every {run.ramp_minutes:g} min")
+    if run.rps_limit:
+        rates.append(f"at most {limit:,g} objects/s")
+    return f"{', '.join(rates)}; at least {in_time(seconds)}"
 
 
 def describe_plan(run: Run, plan: Plan) -> Iterator[str]:
     """Yield what a run will do: days, meters, readings, objects, bytes, rate, disk, destination."""
     largest = run.file_bytes(min(run.meters_per_file, run.meters))
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
-    is_upload = bool(run.bucket) and not run.verify
-    yield f"started      {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-    yield f"days         {run.start} to {run.end}"
-    yield f"meters       {run.meters:,}, a reading every {run.interval} s, seed {run.seed}"
-    if run.task_source:
-        yield f"task         {run.task_index} of {run.task_count:,} (from {run.task_source})"
-    yield f"readings     {plan.readings:,}"
-    if run.flaws:
-        rows = count_rows(run, plan)
-        yield f"flaws        {', '.join(f'{count:,} {kind}' for kind, count in rows.pop('flaws').items())}"
-        kinds = ", ".join(f"{count:,} {name[len('rows_') :].replace('_', ' ')}" for name, count in rows.items())
-        yield f"rows         {kinds}"
+    is_upload, all_objects = run.bucket and not run.verify, len(plan.days) * plan.day_files
     uploads = f", {many(plan.objects, 'upload')} (class A operations)" if is_upload else ""
-    yield f"objects      {plan.objects:,} of {inexact}{largest:,} bytes{uploads}"
-    yield f"bytes        {plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' if run.gzip else ''}"
-    yield f"processes    {len(plan.slices)}"
-    if is_upload and (run.ramp or run.rps_limit):
-        yield f"rate         {describe_rate(run)}; at least {in_time(least_seconds(run, plan))}"
-    if not run.verify:
-        disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)})"
-        yield f"disk         {disk} at once in {run.temp_dir if run.bucket else run.output_dir}"
-    yield f"destination  {run.destination()}/dt=YYYY-MM-DD/"
+    rows = count_rows(run, plan)
+    flaws = ", ".join(f"{count:,} {kind}" for kind, count in rows.pop("flaws").items())
+    kinds = ", ".join(f"{count:,} {name[5:].replace('_', ' ')}" for name, count in rows.items())
+    disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)}) at once in "
+    task = f"{run.task_index} of {run.task_count:,} (from {run.task_source})"
+    lines = {
+        "started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC",
+        "days": f"{run.start} to {run.end}",
+        "meters": f"{run.meters:,}, a reading every {run.interval} s, seed {run.seed}",
+        "task": run.task_source and task,
+        "readings": f"{plan.readings:,}",
+        "flaws": flaws,
+        "rows": flaws and kinds,
+        "objects": f"{plan.objects:,} of {inexact}{largest:,} bytes{uploads}",
+        "bytes": f"{plan.bytes:,} ({in_bytes(plan.bytes)}){' before compression' * run.gzip}",
+        "processes": f"{len(plan.slices)}",
+        "rate": is_upload and (run.ramp or run.rps_limit) and describe_rate(run, all_objects),
+        "disk": not run.verify and f"{disk}{run.temp_dir if run.bucket else run.output_dir}",
+        "destination": f"{run.destination()}/dt=YYYY-MM-DD/",
+    }
+    yield from (f"{name:<13}{text}" for name, text in lines.items() if text)
     if plan.bytes > 10**12 or plan.objects > 10**6:
         size = f"{in_bytes(plan.bytes)} in {many(plan.objects, 'object')}"
         yield f"This is a lot: {size}; see in the README what a run costs"
-    objects = len(plan.days) * plan.day_files
-    fastest = run.rps_limit or min(PROCESS_RATE * len(plan.slices) * run.task_count, objects / 60)
+    fastest = PROCESS_RATE * len(plan.slices) * run.task_count
+    fastest = run.rps_limit or min(fastest, all_objects / 60)
     if is_upload and not run.ramp and fastest > COLD_RATE:
-        yield f"A cold bucket takes {COLD_RATE:,} objects/s, this may ask for more; warm it up with --ramp {COLD_RATE}"
+        yield f"A cold bucket takes {COLD_RATE:,} objects/s; warm it up with --ramp {COLD_RATE}"
 
 
 class Progress:
@@ -1946,7 +1964,7 @@ class Progress:
     def __init__(self, run: Run, plan: Plan, stop: ctypes.c_byte) -> None:
         self.run, self.plan, self.stop, self.total = run, plan, stop, Result()
         self.started = self.shown = time.monotonic()
-        self.date, self.cpu_before = datetime.now(timezone.utc), cpu_seconds()
+        self.date, self.cpu_before = datetime.now(timezone.utc), sum(os.times()[:4])
         self.arrived = self.retries = 0  # objects and requests
         self.first = 0.0  # when the first object came
 
@@ -1963,28 +1981,31 @@ class Progress:
             return
         self.shown = now
         if interactive:
-            say(self.live_line((os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1), end="")
+            say(self.live_line((os.get_terminal_size(2).columns or 80) - 1), end="")
         else:
             log.info("%s", self.live_line(200))
 
     def live_line(self, width: int) -> str:
-        """Say how far the run is, in at most `width` characters; what matters least is cut off."""
+        """Say how far the run is, in `width` characters at most; what matters least is cut off."""
         total, planned, now = self.total, max(1, self.plan.objects), time.monotonic()
-        handled = self.arrived + total.objects_failed + total.objects_missing + total.objects_different
+        failed = f"{total.objects_failed:,} failed  " if total.objects_failed else ""
+        handled = self.arrived + total.objects_failed
+        handled += total.objects_missing + total.objects_different
         done = min(handled + total.objects_skipped, planned)
-        left = timedelta(seconds=round((now - self.first) / handled * (planned - done))) if self.first else "?"
-        state = f"{left} left"
+        state = "? left"
         if self.stop.value:
             state = "stopping"
+        elif self.first:
+            left = (now - self.first) / handled * (planned - done)
+            state = f"{timedelta(seconds=round(left))} left"
         elif total.slices_drawn < len(self.plan.slices) and not handled:
             state = "drawing the fleet"
         second = max(1, int(now - self.started))
         lately = range(max(0, second - 10), second)  # whole seconds
-        speed = sum(total.timeline.at(one).bytes for one in lately) / len(lately)
-        failed = f"{total.objects_failed:,} failed  " if total.objects_failed else ""
+        speed = in_bytes(sum(total.timeline.at(one).bytes for one in lately) / len(lately))
         bar = f"[{'#' * (20 * done // planned):.<20}]  " if width > 70 else ""
-        line = f"{100 * done // planned:3d}%  {bar}{done:,}/{planned:,} objects  {failed}{in_bytes(speed)}/s  {state}"
-        return f"{line}  {self.retries:,} retries"[:width]
+        line = f"{100 * done // planned:3d}%  {bar}{done:,}/{planned:,} objects  {failed}{speed}/s"
+        return f"{line}  {state}  {self.retries:,} retries"[:width]
 
 
 def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator[str]:
@@ -1992,85 +2013,76 @@ def name_failures(failures: Sequence[tuple[str, str]], verify: bool) -> Iterator
     if verify:
         yield from (f"{reason}: {name}" for reason, name in failures)
         return
-    for reason, alike in itertools.groupby(sorted(failures), key=lambda failure: failure[0]):
+    for reason, alike in itertools.groupby(sorted(failures), key=operator.itemgetter(0)):
         first, *others = (name for _, name in alike)
         yield f"{first}{f' and {len(others):,} more' if others else ''}: {reason}"
 
 
-def many(count: int, noun: str) -> str:
-    """Write a number of things."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def in_time(seconds: float) -> str:
-    """Write a duration in its two largest units, or in seconds or milliseconds."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
-
-
-def draw_rows(kind: str, seconds: Sequence[Slot], width: int) -> Iterator[str]:
-    """Yield what arrived, the throttled share and the slowest answers as bars on one time axis, with their extremes."""
+def draw_rows(kind: str, seconds: Sequence[Slot]) -> Iterator[str]:
+    """Yield what arrived, the throttled share and the slowest answers as bars on one time axis."""
+    width = max(10, min(len(seconds), shutil.get_terminal_size().columns - 60))
     length, slots = fold(seconds, width)
-    objects, size = ([getattr(slot, name) / length for slot in slots] for name in ("objects", "bytes"))
+    objects = [slot.objects / length for slot in slots]
+    size = in_bytes(max(slot.bytes for slot in slots) / length)
     shares = [throttled_share([slot]) for slot in slots]
     p99 = [percentile(slot.latencies, 0.99) or 0.0 for slot in slots]
     slowest = f"{in_time(min(filter(None, p99), default=0))} to {in_time(max(p99))}"
-    rows = [
-        (kind, objects, f"at most {max(objects):,.0f} objects/s, {in_bytes(max(size))}/s"),
+    for name, values, extremes in (
+        (kind, objects, f"at most {max(objects):,.0f} objects/s, {size}/s"),
         ("throttled", shares, f"at most {max(shares):.0%} of the answers"),
         ("p99", p99, slowest),
-    ]
-    bars = BARS if "utf" in sys.stderr.encoding.lower() else ".:-=+*%#"
-    for name, values, extremes in rows:
+    ):
         if any(values):
-            heights = (math.ceil(len(bars) * value / max(values)) for value in values)
-            yield f"{name:<13}{''.join(bars[height - 1] if height else '·' for height in heights)}   {extremes}"
+            heights = (math.ceil(len(BARS) * value / max(values)) for value in values)
+            yield f"{name:<13}{''.join(f'·{BARS}'[height] for height in heights)}   {extremes}"
     end = f"{len(seconds) // 60}:{len(seconds) % 60:02d}"
     yield f"{'':13}0:00 {end:>{max(len(slots) - 5, 0)}}"
 
 
 def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterator[str]:
-    """Yield what the bucket did: rows of bars, and sentences instead of numbers to be interpreted."""
+    """Yield what the bucket did: rows of bars, and sentences that interpret the numbers."""
     seconds = per_second(progress.total.timeline, record["elapsed_seconds"])
-    if len(seconds) > 3:
-        kind = {"upload": "uploaded", "write": "written", "verify": "verified"}[record["mode"]]
-        yield from draw_rows(kind, seconds, max(10, min(len(seconds), shutil.get_terminal_size().columns - 60)))
+    if len(seconds) > 3 and "utf" in sys.stderr.encoding.lower():
+        kinds = {"upload": "uploaded", "write": "written", "verify": "verified"}
+        yield from draw_rows(kinds[record["mode"]], seconds)
     if record["responses"]:
-        responses = (f"{count:,} of {status}" for status, count in sorted(record["responses"].items()))
-        yield f"responses    {', '.join(responses)}; {many(record['no_response'], 'request')} without one"
-        yield f"retries      {record['retries']:,}; {many(record['throttled'], 'answer')} of 429 or 503"
+        responses = sorted(record["responses"].items())
+        answers = ", ".join(f"{count:,} of {status}" for status, count in responses)
+        silent = many(record["no_response"], "request")
+        yield f"responses    {answers}; {silent} without one, {record['retries']:,} retries"
     if record["latency_histogram"]:
-        latencies = (f"{name} {in_time(record[f'latency_{name}_seconds'])}" for name in LATENCY_SHARES)
-        yield f"latency      {', '.join(latencies)}"
+        times = {name: in_time(record[f"latency_{name}_seconds"]) for name in LATENCY_SHARES}
+        yield f"latency      {', '.join(map(' '.join, times.items()))}"
     onset, sustained = record["throttling"], record["sustained_objects_per_second"]
     if onset:
-        at = f"throttling began after {in_time(onset['second'])} ({onset['utc'][11:19]} UTC)"
-        since = f"{onset['objects_per_second_since']:,.0f} objects/s since"
         before = onset["objects_per_second"]
-        yield f"{at}{'' if before is None else f', at {before:,.0f} objects/s'}; {since}"
+        at = "" if before is None else f", at {before:,.0f} objects/s"
+        moment = f"{in_time(onset['second'])} ({onset['utc'][11:19]} UTC)"
+        since = f"{onset['objects_per_second_since']:,.0f} objects/s since"
+        yield f"throttling began after {moment}{at}; {since}"
     if sustained:
-        yield f"the bucket sustains {'' if onset else 'at least '}{sustained:,.0f} objects/s without throttling"
+        least = "" if onset else "at least "
+        yield f"the bucket sustains {least}{sustained:,.0f} objects/s without throttling"
     if record["late_starts"]:
-        asked = f"{record['asked_objects_per_second']:,.4g} objects/s"
-        yield f"asked for {asked}; {many(record['late_starts'], 'turn')} unused or late"
-    if record["limited_by"] and record["upload_connections"]:
-        pace = "--ramp" if record["settings"]["ramp"] else "--rps-limit"
-        waits = {"disk": ("the disk", "file", "files"), "rps-limit": (pace, "turn", "their turn")}
-        limit = record["limited_by"]
-        name, share, what = waits.get(limit, (f"the {limit}", "answer", "answers"))
-        waiting = f"{record[f'{share}_share']:.0%} of {record['upload_connections']:,} upload connections"
-        yield f"limited by {name}: {waiting} were waiting for {what}, the CPU was {record['cpu_share']:.0%} busy"
+        asked, late = record["asked_objects_per_second"], many(record["late_starts"], "turn")
+        yield f"asked for {asked:,.4g} objects/s; {late} unused or late"
+    limit, count = record["limited_by"], record["upload_connections"]
+    if limit and count:
+        pace = "--ramp" if progress.run.ramp else "--rps-limit"
+        waits = {"disk": ("file", "files"), "rps-limit": ("turn", "their turn")}
+        kind, things = waits.get(limit, ("answer", "answers"))
+        name = pace if limit == "rps-limit" else f"the {limit}"
+        waiting = f"{record[f'{kind}_share']:.0%} of {count:,} upload connections were waiting"
+        busy = f"the CPU was {record['cpu_share']:.0%} busy"
+        yield f"limited by {name}: {waiting} for {things}, {busy}"
+    for rule in record["expectations"]:
+        yield f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({rule['value']})"
 
 
 def print_report(progress: Progress, record: dict[str, Any]) -> None:
     """Tell people what became of the run."""
-    run = progress.run
-    again = "run it again" if run.verify else "run it again with --resume"
+    run, status, place = progress.run, record["exit_status"], progress.run.destination()
+    again = f"run it again{'' if run.verify else ' with --resume'}"
     for failure in record["failures"]:
         say(failure if run.verify else f"failed: {failure}")
     if record["files_left"]:
@@ -2078,64 +2090,61 @@ def print_report(progress: Progress, record: dict[str, Any]) -> None:
         say(f"left below {run.temp_dir} until your next run there: {left}")
     if record["error"]:
         say(f"error: {record['error']}; fix that, then {again}")
-    if record["exit_status"] > 128:
-        say(f"stopped by {signal.Signals(record['exit_status'] - 128).name}; {again}")
-    if record["objects_unexpected"] and not run.verify:
-        unexpected = f"unexpected objects in {run.destination()}: {record['objects_unexpected']:,}"
-        say(f"{unexpected}; another shape or seed there doubles the rows of every glob; see --prefix")
-    for kind, advice in VERIFY_ADVICE.items():
-        if run.verify and record[f"objects_{kind}"]:
+    if status > 128:
+        say(f"stopped by {signal.Signals(status - 128).name}; {again}")
+    kinds = ["failed", "skipped", "missing"] + ["unchecked"] * (record["objects_unchecked"] > 0)
+    if run.verify:
+        kinds = ["missing", "different", "unexpected", "unchecked"]
+        for kind, advice in VERIFY_ADVICE.items():
             delete = "gcloud storage rm" if run.bucket else "rm"
-            say(f"{kind} objects: {advice.format(delete=delete, destination=run.destination())}")
-    kinds = ["missing", "different", "unexpected", "unchecked"] if run.verify else ["failed", "skipped", "missing"]
-    kinds += ["unchecked"] * (not run.verify and record["objects_unchecked"] > 0)
+            if record[f"objects_{kind}"]:
+                say(f"{kind} objects: {advice.format(delete=delete, destination=place)}")
+    elif record["objects_unexpected"]:
+        trouble = "another shape or seed there doubles the rows of every glob; see --prefix"
+        say(f"unexpected objects in {place}: {record['objects_unexpected']:,}; {trouble}")
     found = ", ".join(f"{record[f'objects_{kind}']:,} {kind}" for kind in kinds)
-    objects, readings, size, seconds = (record[key] for key in ("objects_done", "readings", "bytes", "elapsed_seconds"))
-    rates = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s, {in_bytes(size / seconds)}/s"
-    done = f"{objects:,} of {many(record['objects_planned'], 'object')}, {many(readings, 'reading')}, {in_bytes(size)}"
-    say(f"{done} in {seconds:.2f} s: {rates}; {found}")
+    objects, readings, size = (record[key] for key in ("objects_done", "readings", "bytes"))
+    seconds = record["elapsed_seconds"]
+    planned = many(record["objects_planned"], "object")
+    done = f"{objects:,} of {planned}, {many(readings, 'reading')}, {in_bytes(size)}"
+    speeds = f"{objects / seconds:,.1f} objects/s, {readings / seconds:,.0f} readings/s"
+    say(f"{done} in {seconds:.2f} s: {speeds}, {in_bytes(size / seconds)}/s; {found}")
     for line in describe_measurements(progress, record):
         say(line)
-    for rule in record["expectations"]:
-        say(f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({rule['value']})")
     say(f"ended        {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC")
 
 
 def judge(run: Run, record: dict[str, Any]) -> None:
-    """Add to the record what --expect found. A run that delivered all, but not as expected, has exit status 3.
-
-    Raises RunError if a rule is about what is no number of the record.
-    """
-    known = {key for key, value in record.items() if type(value) in (int, float, type(None))} - WORDS
+    """Add to the record what --expect found, and exit status 3 where that alone is wrong."""
+    known = {key for key, value in record.items() if isinstance(value, (int, float, type(None)))}
     for rule in run.expect or ():
         key, sign, number = RULE.fullmatch(rule).groups()
-        if key not in known:
-            raise RunError(f"--expect {rule}: the record has no such number, but {', '.join(sorted(known))}")
+        if key not in known - WORDS:
+            numbers = ", ".join(sorted(known - WORDS))
+            raise RunError(f"--expect {rule}: the record has no such number, but {numbers}")
         value = record[key]
         is_met = value is not None and COMPARISONS[sign](value, float(number))
         record["expectations"].append({"rule": rule, "value": value, "met": is_met})
-    if not record["exit_status"] and not all(rule["met"] for rule in record["expectations"]):
-        record["exit_status"] = 3
+        if not is_met and not record["exit_status"]:
+            record["exit_status"] = 3
 
 
 def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
-    """Put the record of a complete run beside its data, that of a run without a new object only if none is there.
-
-    If that fails, the record says so.
-    """
+    """Put the record of a complete run beside its data; without a new object it replaces none."""
     name = f"_wattif/{run.start}_{run.end}_task-{run.task_index}-of-{run.task_count}.json"
     name = f"{run.prefix}/{name}" if run.prefix else name
+    path, text = Path(str(run.output_dir), name), render_json(record)
     try:
         if run.bucket:
             sender = Sender(run, stop, find_credentials(run, stop), time.monotonic())
-            options = {"retry": sender.retrying, "if_generation_match": None if record["objects_done"] else 0}
+            generation = None if record["objects_done"] else 0
+            options = {"retry": sender.retrying, "if_generation_match": generation}
             with contextlib.suppress(FileExistsError):  # an answer was lost
                 blob = open_bucket(run, sender).blob(name)
-                blob.upload_from_string(render_json(record), "application/json", **options)
-        elif record["objects_done"] or not os.path.exists(os.path.join(str(run.output_dir), name)):
-            path = os.path.join(str(run.output_dir), name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(path, [render_json(record).encode()], is_measured=False)
+                blob.upload_from_string(text, "application/json", **options)
+        elif record["objects_done"] or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(str(path), [text.encode()], is_measured=False)
     except (Exception, KeyboardInterrupt) as error:
         if not record["objects_done"] and IS_THERE.match(cause_of(error)):
             return  # one is there
@@ -2147,13 +2156,12 @@ def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
 
 
 def render_json(record: dict[str, Any]) -> str:
-    """Render a record as a line of JSON."""
-    # The shares of flaws are fractions.
+    """Render a record as a line of JSON; the shares of flaws are fractions."""
     return orjson.dumps(record, float, orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE).decode()
 
 
 def print_out(text: str, status: int) -> int:
-    """Print on standard output. Returns the exit status, which is 1 if that fails and all else was well."""
+    """Print on standard output. Returns the exit status: 1 if only that fails."""
     try:
         with open(sys.stdout.fileno(), "w", closefd=False, errors="backslashreplace") as out:
             out.write(text)
