@@ -29,6 +29,7 @@ if __name__ == "__main__":  # a signal ends the run during the imports, too, and
             signal.signal(number, end_early)
 
 import argparse
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -52,14 +53,13 @@ import resource
 import shutil
 import struct
 import sys
-import tempfile
 import threading
 import time
 import zlib
 from array import array
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fractions import Fraction
 from pathlib import Path
@@ -299,8 +299,8 @@ def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = Non
     options: dict[str, Any] = {"action": "store_true"}
     if parse:
         parse = functools.partial(parse_number, *parse) if isinstance(parse, tuple) else parse
-        options = {"metavar": metavar, "type": parse, "required": default is MISSING, "default": default}
-        meaning += "" if default in (None, MISSING) else " (default: %(default)s)"
+        options = {"metavar": metavar, "type": parse, "default": default}
+        meaning += "" if default is None else " (default: %(default)s)"
     return field(default=default, metadata={**options, **more, "help": meaning})
 
 
@@ -308,8 +308,8 @@ def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = Non
 class Run:
     """The settings of a run, by the groups of --help. Only days and data affect the objects."""
 
-    start: date = flag("first day (UTC): YYYY-MM-DD, today or yesterday", MISSING, "DATE", parse_day)
-    end: date = flag("last day, included", MISSING, "DATE", parse_day)
+    start: date = flag("first day (UTC): YYYY-MM-DD, today or yesterday", None, "DATE", parse_day)
+    end: date = flag("last day, included", None, "DATE", parse_day)
     bucket: str | None = flag(f"upload to gs://NAME (default: {DEFAULT_BUCKET})", None, "NAME", parse_bucket)
     prefix: str | None = flag("path in the bucket or DIR, also as --bucket gs://NAME/PATH", None, "PATH", parse_prefix)
     output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", parse_directory)
@@ -415,13 +415,6 @@ def make_plan(run: Run) -> Plan:
     readings, size = meter_days * run.day_rows, meter_days * run.meter_day_bytes
     file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
-    flawed = sum(run.flaw_counts.values())
-    if 2 * flawed > run.day_rows:
-        raise RunError(f"--flaws has {flawed:,} of a meter-day's {run.day_rows:,} rows; at most half")
-    if "late" in run.flaw_counts and run.start == date.min:
-        raise RunError(f"--start {run.start} has no day before it, from which rows could be late; begin later")
-    if run.bucket and largest > 5 << 40:
-        raise RunError("an object has at most 5 TiB; lower --meters-per-file")
     if room < 2:
         raise RunError(f"--max-disk has no room for 2 files; give at least {2 * file_disk:,} bytes")
     # The disk holds pending batches, and failed files until they would outnumber a batch.
@@ -1521,8 +1514,10 @@ def remove_if_empty(directory: str) -> None:
         os.rmdir(directory)
 
 
-def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
+def claim_directory(run: Run, plan: Plan) -> str:
     """Return a directory for the files that is writable and has room; --dry-run makes none. Raises RunError."""
+    if run.verify or not plan.slices:
+        return run.output_dir or ""
     directory, needed = run.temp_dir if run.bucket else str(run.output_dir), plan.disk_bytes
     if not run.bucket and (run.gzip or run.resume):  # files compress to 8% or are there already
         needed = 0 if run.resume else plan.bytes // 12
@@ -1531,14 +1526,12 @@ def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
     existing = os.path.abspath(spool)
     try:
         if not run.dry_run:
-            os.makedirs(directory, exist_ok=True)
+            os.makedirs(spool, exist_ok=True)
         while not os.path.lexists(existing):
             existing = os.path.dirname(existing)
-        if run.bucket and (existing == os.path.abspath(spool) or not run.dry_run):
-            lock_spool(spool, stack, run.dry_run)
-        if not run.dry_run:
-            tempfile.TemporaryFile(dir=spool).close()
-        elif not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        if run.bucket and existing == os.path.abspath(spool):
+            lock_spool(spool, run.dry_run)
+        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
             raise OSError(0, "no directory that can be written", existing)
         free = shutil.disk_usage(existing).free
     except BlockingIOError:
@@ -1552,20 +1545,16 @@ def claim_directory(run: Run, plan: Plan, stack: contextlib.ExitStack) -> str:
     return spool
 
 
-def lock_spool(spool: str, stack: contextlib.ExitStack, is_trial: bool) -> None:
-    """Make an empty directory of this user, locked until the stack ends; a trial only locks it. Raises OSError."""
-    stack.callback(os.umask, os.umask(0o077))  # nobody else reads what is in it
-    if not is_trial:
-        os.makedirs(spool, 0o700, exist_ok=True)
+def lock_spool(spool: str, is_trial: bool) -> None:
+    """Lock a directory of this user until this process ends, and empty it; a trial only locks it. Raises OSError."""
     lock = os.open(spool, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    stack.callback(os.close, lock)
     if os.fstat(lock).st_uid != os.getuid():
-        raise RunError(f"--temp-dir: {spool} belongs to another user; name a directory of yours")
+        raise OSError(0, "it belongs to another user", spool)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
     if is_trial:
         return
-    os.fchmod(lock, 0o700)
-    stack.callback(remove_if_empty, spool)
+    os.fchmod(lock, 0o700)  # nobody else reads what is in it
+    atexit.register(remove_if_empty, spool)
     for left in os.scandir(lock):
         log.warning("deleting %s/%s, which an earlier run left", spool, left.name)
         path = f"/proc/self/fd/{lock}/{left.name}"  # even if another directory has taken its place
@@ -1610,8 +1599,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of finished uploads instead of mapping it anew: see mallopt(3)."""
     mmap_from, trim_at, top_pad, arenas = (-3, 32 << 20), (-1, 512 << 20), (-2, 16 << 20), (-8, 1)
     with contextlib.suppress(OSError, AttributeError):
-        for option, value in (mmap_from, trim_at, top_pad, arenas):
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
+        for option in (mmap_from, trim_at, top_pad, arenas):
+            ctypes.CDLL("libc.so.6").mallopt(*option)
 
 
 def run_child(work: Callable[[range], Any], places: range, results: Any, parent: int) -> None:
@@ -1648,11 +1637,10 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
                 places, child = children.pop(ours)
                 child.join()
                 if child.exitcode:
-                    how = f"ended with exit code {child.exitcode}"
-                    if child.exitcode == -signal.SIGKILL:
-                        how = "was killed (out of memory?)"
-                    ending = f"their process {how}; run it again"
-                    yield Result(failures=[(ending, f"files {places[0]} to {places[-1]} of each day")])
+                    is_killed = child.exitcode == -signal.SIGKILL
+                    how = "was killed (out of memory?)" if is_killed else f"ended with exit code {child.exitcode}"
+                    files = f"files {places[0]} to {places[-1]} of each day"
+                    yield Result(failures=[(f"their process {how}; run it again", files)])
 
 
 def handle_signals() -> ctypes.c_byte:
@@ -2203,7 +2191,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line, a flag for each setting."""
 
     def refuse(message: str) -> NoReturn:
-        raise RunError(message[:1000])
+        raise RunError(message[:1000].replace("ignored explicit argument", "it has no value; drop"))
 
     parser = argparse.ArgumentParser(
         prog="generator.py",
@@ -2225,14 +2213,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Return the task's index, the number of tasks, and who named it. Raises RunError."""
-    index, count, source = args.task_index, args.task_count, "--task-index"
-    scheduler = next((names for names in SCHEDULERS if names[0] in os.environ), None)
-    if scheduler and None in (index, count):
-        values = [os.environ.get(name, "0") for name in scheduler]
+def find_task(index: int | None, count: int | None) -> tuple[int, int, str]:
+    """Return the task's index, the number of tasks, and who named it; a scheduler says what is None."""
+    source = "--task-index"
+    names = next((names for names in SCHEDULERS if names[0] in os.environ), ())
+    if names and None in (index, count):
+        values = [os.environ.get(name, "0") for name in names]
         if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
-            raise RunError(f"{scheduler[0]} and its like are not numbers; give --task-index and --task-count")
+            raise RunError(f"{names[0]} and its like are not numbers; give --task-index and --task-count")
         task, tasks, *elements = map(int, values)
         if elements and count is None:
             first, last, step = elements
@@ -2240,48 +2228,27 @@ def find_task(args: argparse.Namespace) -> tuple[int, int, str]:
                 raise RunError("this is a part of a Slurm array; give --task-count N and elements 0 to N - 1")
             task = (task - first) // max(1, step)
         if index is None:
-            index, source = task, scheduler[0]
+            index, source = task, names[0]
         count = count or tasks or None
     if index is None and count is None:
         return 0, 1, ""
-    if None in (index, count):
-        half, other = ("count", source) if count is None else ("index", "--task-count")
-        raise RunError(f"--task-{half} is missing; {other} needs it")
-    if not 0 <= index < count:
-        raise RunError(f"task {index} (from {source}) is not from 0 to {count - 1}; --task-count is {count}")
+    if index is None or count is None or index >= count:
+        task = "?" if index is None else index
+        rule = "give --task-count N and --task-index from 0 to N - 1"
+        raise RunError(f"task {task} (from {source}) of {count or '?'} cannot be; {rule}")
     return index, count, source
-
-
-def check_flags(words: Sequence[str]) -> None:
-    """Raise RunError at a flag that is unknown, which argparse tells after those that are missing, or has no value."""
-    has_value = {f"--{setting.name.replace('_', '-')}": "type" in setting.metadata for setting in fields(Run)}
-    has_value.update({"-h": False, "--help": False, "--version": False, "-v": False, "--": True})
-    for word in words:
-        name, sign, value = word.partition("=")
-        if name not in has_value and re.match("-[^0-9.]", name):
-            nearest = difflib.get_close_matches(name, has_value, 1)
-            raise RunError(f"{name} is no flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
-        if sign and not has_value.get(name, True):
-            raise RunError(f"{name} has no value; drop ={value}")
 
 
 def read_settings(argv: Sequence[str]) -> Run:
     """Turn the command line into the settings of a run. Raises RunError if flags do not fit."""
-    check_flags(argv)
-    args = build_parser().parse_args(argv)
-    if args.end < args.start:
-        raise RunError(f"--end {args.end} is before --start {args.start}; swap them")
-    if DAY_SECONDS % args.interval:
-        raise RunError(f"--interval {args.interval} does not divide a day; take 1, 10, 60 or 900")
-    pairs = [("resume", "verify"), ("record", "verify")]
-    pairs += [(name, "output_dir") for name in ("bucket", "max_disk", "rps_limit", "ramp")]
-    for one, other in pairs:
-        if getattr(args, one) and getattr(args, other) not in (None, False):
-            raise RunError(f"--{one} and --{other} exclude each other; drop one".replace("_", "-"))
-    if args.ramp and args.rps_limit and args.ramp > args.rps_limit:
-        raise RunError(f"--ramp {args.ramp:g} begins above --rps-limit {args.rps_limit:g}; lower it")
-    if args.meters_per_file > 1 and args.meters > 10**9:
-        raise RunError("--meters-per-file names files with nine digits: at most 1,000,000,000 --meters")
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [f"--{setting.replace('_', '-')}" for setting in vars(args)]
+        nearest = difflib.get_close_matches(name, known, 1)
+        raise RunError(f"{name} is no flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
+    if None in (args.start, args.end):
+        raise RunError("--start and --end are required; give both, as YYYY-MM-DD, today or yesterday")
     if args.flaws and len(args.flaws) > 1:
         raise RunError("--flaws is given twice; give one, as --flaws late=1%,null=1%")
     args.flaws = args.flaws[0] if args.flaws else None
@@ -2293,44 +2260,68 @@ def read_settings(argv: Sequence[str]) -> Run:
     if args.temp_dir is None:
         args.temp_dir = DEFAULT_TEMP_DIR if os.path.isdir(DEFAULT_TEMP_DIR) else os.environ.get("TMPDIR") or "/tmp"
     args.processes = args.processes or count_cores()
-    args.task_index, args.task_count, args.task_source = find_task(args)
-    return Run(**vars(args))
+    args.task_index, args.task_count, args.task_source = find_task(args.task_index, args.task_count)
+    run = Run(**vars(args))
+    check_settings(run)
+    return run
+
+
+def check_settings(run: Run) -> None:
+    """Raise RunError if settings do not fit together."""
+    flawed, per_file = sum(run.flaw_counts.values()), run.meters_per_file
+    problems = {
+        f"--end {run.end} is before --start {run.start}; swap them": run.end < run.start,
+        f"--interval {run.interval} does not divide a day; take 1, 10, 60 or 900": DAY_SECONDS % run.interval,
+        f"--ramp {run.ramp} begins above --rps-limit {run.rps_limit}; lower it": (run.ramp or 0)
+        > (run.rps_limit or math.inf),
+        "--meters-per-file names files with nine digits; lower --meters": per_file > 1 and run.meters > 10**9,
+        f"--flaws has {flawed:,} of a meter-day's {run.day_rows:,} rows; at most half": 2 * flawed > run.day_rows,
+        f"--start {run.start} has no day before it, for rows that are late": run.flaw_counts["late"]
+        and run.start == date.min,
+        "an object has at most 5 TiB; lower --meters-per-file": run.bucket
+        and run.file_bytes(min(per_file, run.meters)) > 5 << 40,
+    }
+    pairs = [("resume", "verify"), ("record", "verify")]
+    pairs += [(name, "output_dir") for name in ("bucket", "max_disk", "rps_limit", "ramp")]
+    for one, other in pairs:
+        exclusive = f"--{one} and --{other} exclude each other; drop one".replace("_", "-")
+        problems[exclusive] = getattr(run, one) and getattr(run, other) not in (None, False)
+    for problem, is_so in problems.items():
+        if is_so:
+            raise RunError(problem)
 
 
 def execute(run: Run, plan: Plan, stop: ctypes.c_byte, progress: Progress) -> None:
     """Do what the plan says, and add up the results. Raises RunError if the run cannot begin."""
     credentials = find_credentials(run, stop) if run.bucket else None
-    with contextlib.ExitStack() as stack:
-        is_idle = run.verify or not plan.slices
-        folder = str(run.output_dir) if is_idle else claim_directory(run, plan, stack)
-        for line in describe_plan(run, plan):
-            say(line)
-        sender = Sender(run, stop, credentials, progress.started)
-        work = functools.partial(run_slice, run, plan, folder, sender)
-        try:
-            for result in run_processes(run, plan, work, stop):
-                progress.add(result)
-        finally:
-            for child in multiprocessing.active_children():  # when the time after a signal is over
-                child.kill()
-                child.join()
-            paths = Path(folder).rglob("*") if run.bucket and not is_idle else ()
-            left = [path.lstat().st_size for path in paths if not path.is_dir()]
-            progress.add(Result(files_left=len(left), bytes_left=sum(left)))
+    folder = claim_directory(run, plan)
+    for line in describe_plan(run, plan):
+        say(line)
+    sender = Sender(run, stop, credentials, progress.started)
+    work = functools.partial(run_slice, run, plan, folder, sender)
+    try:
+        for result in run_processes(run, plan, work, stop):
+            progress.add(result)
+    finally:
+        for child in multiprocessing.active_children():  # when the time after a signal is over
+            child.kill()
+            child.join()
+        paths = Path(folder).rglob("*") if run.bucket and folder else ()
+        left = [path.lstat().st_size for path in paths if not path.is_dir()]
+        progress.add(Result(files_left=len(left), bytes_left=sum(left)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     stop = handle_signals()
     progress = None
-    words = sys.argv[1:] if argv is None else argv
-    if not words:
+    if not sys.argv[1:]:
         for line in USAGE.splitlines():
             say(line)
         return 2
     try:
-        run = read_settings(words)
+        run = read_settings(sys.argv[1:])
         handler = logging.Handler()
         handler.emit = lambda entry: say(handler.format(entry))
         line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if run.verbose else ""
@@ -2342,9 +2333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         judge(run, make_record(progress, 0))
         check_machine(run, plan)
         if run.dry_run:
-            with contextlib.ExitStack() as stack:
-                if not run.verify:
-                    claim_directory(run, plan, stack)
+            claim_directory(run, plan)
             text = "".join(f"{line}\n" for line in describe_plan(run, plan))
             return print_out(render_json(plan_record(run, plan)) if run.json else text, 0)
         with contextlib.suppress(CancelledError, KeyboardInterrupt):  # a signal has ended it

@@ -184,7 +184,7 @@ def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -
         (("--start=2024-01-01", "--metres=5"), "--metres is no flag; did you mean --meters?"),
         (("--qqqqqq",), "--qqqqqq is no flag; see --help"),
         (("-x",), "-x is no flag; see --help"),
-        ((*DAYS, "--gzip=1"), "--gzip has no value; drop =1"),
+        ((*DAYS, "--gzip=1"), "argument --gzip: it has no value; drop '1'"),
         ((*DAYS, "--output-dir", "gs://my-bucket"), "'gs://my-bucket' is a bucket; give it with --bucket"),
         ((*DAYS, "--output-dir", ""), "--output-dir: it is empty; name a directory"),
         ((*DAYS, "--temp-dir="), "--temp-dir: it is empty; name a directory"),
