@@ -1553,7 +1553,8 @@ def lock_spool(spool: str, is_trial: bool) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a crash leaves no lock behind
     if is_trial:
         return
-    os.fchmod(lock, 0o700)  # nobody else reads what is in it
+    os.umask(0o077)  # nobody else reads what is in it
+    os.fchmod(lock, 0o700)
     atexit.register(remove_if_empty, spool)
     for left in os.scandir(lock):
         log.warning("deleting %s/%s, which an earlier run left", spool, left.name)
