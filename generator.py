@@ -53,6 +53,7 @@ import resource
 import shutil
 import struct
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -572,7 +573,7 @@ class Slot(Sum):
 
 
 def slot_seconds(second: int) -> int:
-    """Return the length of the slot of a second: 1, then 2 from EXACT_SECONDS, 4 from twice that."""
+    """Return the length of the slot of a second: 1, 2 from EXACT_SECONDS on, 4 from twice that."""
     return 1 << (second // EXACT_SECONDS).bit_length()
 
 
@@ -845,7 +846,7 @@ class Pace(NamedTuple):
 def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float, most: float) -> Pace:
     """Return the pace of --ramp after some more seconds.
 
-    With `faults`, the share of 429, of 503 and of requests without an answer, or None without requests:
+    With `faults`, the share of 429, 503 and requests without an answer, or None without requests:
 
         rate * 0.75                         above 5%
         rate * 0.9                          above 1%, if the rate has been held for doubling / 5
@@ -1533,6 +1534,8 @@ def claim_directory(run: Run, plan: Plan) -> str:
             lock_spool(spool, run.dry_run)
         if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
             raise OSError(0, "no directory that can be written", existing)
+        if not run.dry_run:
+            tempfile.TemporaryFile(dir=spool).close()
         free = shutil.disk_usage(existing).free
     except BlockingIOError:
         raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
@@ -1546,7 +1549,7 @@ def claim_directory(run: Run, plan: Plan) -> str:
 
 
 def lock_spool(spool: str, is_trial: bool) -> None:
-    """Lock a directory of this user until this process ends, and empty it; a trial only locks it. Raises OSError."""
+    """Lock a directory of this user until this process ends, and empty it unless it is a trial."""
     lock = os.open(spool, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     if os.fstat(lock).st_uid != os.getuid():
         raise OSError(0, "it belongs to another user", spool)
@@ -1639,7 +1642,8 @@ def run_processes(run: Run, plan: Plan, work: Callable[[range], Any], stop: ctyp
                 child.join()
                 if child.exitcode:
                     is_killed = child.exitcode == -signal.SIGKILL
-                    how = "was killed (out of memory?)" if is_killed else f"ended with exit code {child.exitcode}"
+                    how = f"ended with exit code {child.exitcode}"
+                    how = "was killed (out of memory?)" if is_killed else how
                     files = f"files {places[0]} to {places[-1]} of each day"
                     yield Result(failures=[(f"their process {how}; run it again", files)])
 
@@ -2215,7 +2219,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_task(index: int | None, count: int | None) -> tuple[int, int, str]:
-    """Return the task's index, the number of tasks, and who named it; a scheduler says what is None."""
+    """Return the task's index, the number of tasks, and who named it: flags or a scheduler."""
     source = "--task-index"
     names = next((names for names in SCHEDULERS if names[0] in os.environ), ())
     if names and None in (index, count):
@@ -2270,17 +2274,17 @@ def read_settings(argv: Sequence[str]) -> Run:
 def check_settings(run: Run) -> None:
     """Raise RunError if settings do not fit together."""
     flawed, per_file = sum(run.flaw_counts.values()), run.meters_per_file
+    is_early = run.start == date.min and run.flaw_counts["late"]
+    is_large = run.bucket and run.file_bytes(min(per_file, run.meters)) > 5 << 40
+    begin, most = run.ramp or 0, run.rps_limit or math.inf
     problems = {
         f"--end {run.end} is before --start {run.start}; swap them": run.end < run.start,
         f"--interval {run.interval} does not divide a day; take 1, 10, 60 or 900": DAY_SECONDS % run.interval,
-        f"--ramp {run.ramp} begins above --rps-limit {run.rps_limit}; lower it": (run.ramp or 0)
-        > (run.rps_limit or math.inf),
+        f"--ramp {begin:g} begins above --rps-limit {most:g}; lower it": begin > most,
         "--meters-per-file names files with nine digits; lower --meters": per_file > 1 and run.meters > 10**9,
         f"--flaws has {flawed:,} of a meter-day's {run.day_rows:,} rows; at most half": 2 * flawed > run.day_rows,
-        f"--start {run.start} has no day before it, for rows that are late": run.flaw_counts["late"]
-        and run.start == date.min,
-        "an object has at most 5 TiB; lower --meters-per-file": run.bucket
-        and run.file_bytes(min(per_file, run.meters)) > 5 << 40,
+        f"--start {run.start} has no day before it, for rows that are late": is_early,
+        "an object has at most 5 TiB; lower --meters-per-file": is_large,
     }
     pairs = [("resume", "verify"), ("record", "verify")]
     pairs += [(name, "output_dir") for name in ("bucket", "max_disk", "rps_limit", "ramp")]
@@ -2312,17 +2316,18 @@ def execute(run: Run, plan: Plan, stop: ctypes.c_byte, progress: Progress) -> No
         progress.add(Result(files_left=len(left), bytes_left=sum(left)))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 if every object is where it should be."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it was closed
     stop = handle_signals()
     progress = None
-    if not sys.argv[1:]:
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
         for line in USAGE.splitlines():
             say(line)
         return 2
     try:
-        run = read_settings(sys.argv[1:])
+        run = read_settings(words)
         handler = logging.Handler()
         handler.emit = lambda entry: say(handler.format(entry))
         line = "%(asctime)s %(levelname)s %(processName)s/%(threadName)s: " if run.verbose else ""
