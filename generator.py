@@ -1519,9 +1519,9 @@ def claim_directory(run: Run, plan: Plan) -> str:
     """Return a directory for the files that is writable and has room; --dry-run makes none. Raises RunError."""
     if run.verify or not plan.slices:
         return run.output_dir or ""
-    directory, needed = run.temp_dir if run.bucket else str(run.output_dir), plan.disk_bytes
-    if not run.bucket and (run.gzip or run.resume):  # files compress to 8% or are there already
-        needed = 0 if run.resume else plan.bytes // 12
+    directory = run.temp_dir if run.bucket else str(run.output_dir)
+    needed = plan.disk_bytes if run.bucket or not run.gzip else plan.bytes // 12  # gzip leaves 8%
+    needed = needed if run.bucket or not run.resume else 0  # files may be there already
     which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     spool = os.path.join(directory, f".wattif-{os.getuid()}") if run.bucket else directory
     existing = os.path.abspath(spool)
