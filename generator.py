@@ -973,7 +973,7 @@ class Sender:
                 thread.started = thread.began
             if not is_upload:
                 thread.turn = thread.began
-            thread.is_between_chunks = thread.is_sent = False
+            thread.is_between_chunks = thread.is_last_part = False
             try:
                 response = request()
             except Exception as error:
@@ -985,8 +985,9 @@ class Sender:
                 # What is sent whole may be stored, unless a whole answer says otherwise.
                 if isinstance(error, OddAnswer):
                     error.is_uncertain = thread.is_uncertain
-                elif thread.is_sent and (thread.status in (0, 200, 408) or thread.status >= 500):
-                    thread.is_uncertain |= thread.is_last_part
+                elif thread.is_last_part and thread.is_sent:
+                    is_refused = thread.status not in (0, 200, 408) and thread.status < 500
+                    thread.is_uncertain |= not is_refused
                 raise
             finally:
                 # Not what a stopped process has slept:
@@ -1088,6 +1089,7 @@ class Sender:
             thread.sending, thread.is_sized = needed, True
         thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
         began, thread.status, thread.arrived = time.monotonic(), 0, {}
+        thread.is_sent = False
         thread.due = began + thread.allowed
         sent = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
         is_last_chunk = bool(sent) and int(sent[1]) + 1 == int(sent[2])
