@@ -46,14 +46,11 @@ import math
 import mmap
 import multiprocessing.connection
 import operator
-import platform
 import random
 import re
 import resource
 import shutil
-import struct
 import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -76,6 +73,7 @@ except ImportError as missing:
     raise SystemExit(2) from None
 
 VERSION = "2.0.0"
+STARTED = datetime.now(timezone.utc)  # by which `today` is meant
 
 log = logging.getLogger("wattif")
 
@@ -113,6 +111,7 @@ FILTER_BITS = 8_537_887  # of a block's Bloom filter: for 2^20 meters and 2% fal
 DIGIT_TABLES = tuple(bytes(ord("0") + byte % base for byte in range(256)) for base in (9, 10, 10))
 UNEVEN_BYTES = tuple(bytes(range(256 - 256 % base, 256)) for base in (9, 10, 10))
 
+RATES = (0.1, 10**6)  # objects a second that can be asked for
 DEFAULT_BUCKET = "smart-meter-fake-data-t"
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 DEFAULT_TEMP_DIR = "/mnt/sm-disk/"
@@ -138,7 +137,7 @@ NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 # Of the record, what may be null and is no number to judge:
 WORDS = {"exit_status", "error", "readings_sum", "throttling", "limited_by"}
-RULE = re.compile(rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*")
+EXPECTATION = rf"\s*([a-z][a-z0-9_]*)\s*(<=?|>=?)\s*({NUMBER})\s*"
 SECRET_NAME = r"""(?:upload_id|token|secret|signature|password|assertion)(?:=|%3D|['"]:\s?['"])"""
 SECRET = re.compile(  # what is not told but for the name in front of it
     rf"""(?is)(bearer\s|ya29\.|eyJ|{SECRET_NAME})[^\s&'"]+"""
@@ -188,6 +187,8 @@ class RunError(Exception):
 class OddAnswer(OSError):
     """An answer of the service is not what it should be: one line that says how."""
 
+    is_uncertain: bool  # whether an earlier try may have stored the object
+
 
 @contextlib.contextmanager
 def understanding(answer: str) -> Iterator[None]:
@@ -201,16 +202,10 @@ def understanding(answer: str) -> Iterator[None]:
 # --- Settings, each with its flag, and the plan that follows from them. ---------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def find_today() -> date:
-    """Return today, the same for the whole run."""
-    return datetime.now(timezone.utc).date()
-
-
 def parse_day(text: str) -> date:
     """Parse a day; argparse names the flag."""
     if text in ("today", "yesterday"):
-        return find_today() - timedelta(days=text == "yesterday")
+        return STARTED.date() - timedelta(days=text == "yesterday")
     with contextlib.suppress(ValueError):
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
             return date.fromisoformat(text)
@@ -242,14 +237,12 @@ def parse_flaws(text: str) -> dict[str, Fraction]:
     shares: dict[str, Fraction] = {}
     for part in text.split(","):
         kind, _, share = part.partition("=")
-        if not re.fullmatch(r"([0-9]{1,3}|[0-9]{0,3}\.[0-9]{1,12})%?", share):
-            raise argparse.ArgumentTypeError(f"{part!r} is not KIND=SHARE, as late=1% or late=0.01")
-        if kind not in FLAWS or kind in shares:
-            problem = "comes twice" if kind in shares else f"is none of {', '.join(FLAWS)}"
-            raise argparse.ArgumentTypeError(f"{kind!r} {problem}")
-        shares[kind] = Fraction(share.rstrip("%")) / (100 if "%" in share else 1)
-        if not 0 < shares[kind] < 1:
-            raise argparse.ArgumentTypeError(f"{part!r} is not above 0 and below 1")
+        is_number = re.fullmatch(r"([0-9]{1,3}|[0-9]{0,3}\.[0-9]{1,12})%?", share)
+        number = Fraction(share.rstrip("%")) / (100 if "%" in share else 1) if is_number else 0
+        if kind not in FLAWS or kind in shares or not 0 < number < 1:
+            rule = f"KIND=SHARE above 0 and below 1, as late=1% or late=0.01; each KIND once, of {', '.join(FLAWS)}"
+            raise argparse.ArgumentTypeError(f"{part!r} is not {rule}")
+        shares[kind] = Fraction(number)
     return {kind: shares[kind] for kind in FLAWS if kind in shares}
 
 
@@ -278,21 +271,15 @@ def parse_bucket(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not the name of a bucket: {rule}")
 
 
-def parse_directory(text: str) -> str:
-    """Parse a directory of this machine; argparse names the flag."""
-    if text.startswith("gs://"):
-        raise argparse.ArgumentTypeError(f"{text!r} is a bucket; give it with --bucket")
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; name a directory, as . or /tmp")
-    return text
+def parse_pattern(pattern: str, meaning: str, text: str) -> str:
+    """Parse what a regular expression matches; argparse names the flag."""
+    if re.fullmatch(pattern, text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
 
 
-def parse_rule(text: str) -> str:
-    """Parse what is expected of a number of the record; argparse names the flag."""
-    match = RULE.fullmatch(text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY<NUMBER, KEY<=NUMBER, KEY>NUMBER or KEY>=NUMBER")
-    return "".join(match.groups())
+DIRECTORY = functools.partial(parse_pattern, "(?!gs://)(?s:.)+", "a directory, as . or /tmp; see --bucket")
+RULE = functools.partial(parse_pattern, EXPECTATION, "KEY<NUMBER, KEY<=NUMBER, KEY>NUMBER or KEY>=NUMBER")
 
 
 def flag(meaning: str, default: Any = False, metavar: str = "", parse: Any = None, **more: Any) -> Any:
@@ -313,10 +300,10 @@ class Run:
     end: date = flag("last day, included", None, "DATE", parse_day)
     bucket: str | None = flag(f"upload to gs://NAME (default: {DEFAULT_BUCKET})", None, "NAME", parse_bucket)
     prefix: str | None = flag("path in the bucket or DIR, also as --bucket gs://NAME/PATH", None, "PATH", parse_prefix)
-    output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", parse_directory)
+    output_dir: str | None = flag("keep the files in DIR: no account, no network", None, "DIR", DIRECTORY)
     meters: int = flag("size of the fleet", 1000, "N", (1, MAX_METERS))
     interval: int = flag("between readings; divides a day", 10, "SECONDS", (1, DAY_SECONDS))
-    flaws: Any = flag(f"KIND=SHARE,…: rows with flaws; {', '.join(FLAWS)}", None, "FLAWS", parse_flaws, action="append")
+    flaws: Any = flag(f"KIND=SHARE,…: rows with flaws; {', '.join(FLAWS)}", None, "FLAWS", parse_flaws)
     seed: int = flag("fleet and readings follow from it", 0, "N", (0, 2**63 - 1))
     meters_per_file: int = flag("meters that share an object", 1, "K", (1, MAX_METERS))
     gzip: bool = flag("compress the objects (level 1)")
@@ -324,26 +311,18 @@ class Run:
     verify: bool = flag("upload nothing; compare names, sizes and CRC32C of what is there")
     dry_run: bool = flag("print the plan and stop")
     verbose: bool = flag("log each batch and decision")
-    rps_limit: float | None = flag(
-        "at most R objects a second, of all tasks and processes together", None, "R", (0.1, 10**6)
-    )
+    rps_limit: float | None = flag("at most R objects a second, all tasks and processes together", None, "R", RATES)
     ramp: float | None = flag(
-        "begin with R objects a second and double them, to warm up a bucket", None, "R", (0.1, 10**6)
+        "begin with R objects a second and double them, to warm a bucket up, to warm a bucket up", None, "R", RATES
     )
     ramp_minutes: float = flag("in which a ramp doubles", 20, "M", (0.01, 1440))
     json: bool = flag("print the record as a line of JSON on standard output")
     record: bool = flag("put the record beside the data, into _wattif/, once all is delivered")
-    expect: Any = flag(
-        "KEY<N of the record, or <=, >, >=: exit status 3 if not so; repeatable",
-        None,
-        "RULE",
-        parse_rule,
-        action="append",
-    )
+    expect: Any = flag("exit status 3 unless KEY<N (<=, >, >=) in the record", None, "RULE", RULE, action="append")
     task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
     task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
     task_source: str = ""  # the flag or the scheduler's variable that named the task, if any
-    temp_dir: str = flag(f"where files wait (default: {DEFAULT_TEMP_DIR} or $TMPDIR)", None, "DIR", parse_directory)
+    temp_dir: str = flag(f"where files wait (default: {DEFAULT_TEMP_DIR} or $TMPDIR)", None, "DIR", DIRECTORY)
     max_disk: int | None = flag("limit for them, as 20GB (default: none)", None, "SIZE", parse_size)
     batch_size: int = flag("files per call of the transfer manager", 100, "N", (1, 100_000))
     processes: int = flag("worker processes (default: the cores allowed)", None, "N", (1, 1024))
@@ -432,7 +411,11 @@ def make_plan(run: Run) -> Plan:
 
 
 def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
-    """Return settings and plan, under the names of the record."""
+    """Return settings and plan, under the names of the record, with the truth about the rows."""
+    meter_days = plan.readings // run.day_rows
+    flaws = Counter({kind: count * meter_days for kind, count in run.flaw_counts.items()})
+    delivered = plan.readings - flaws["missing"] + flaws["duplicate"]  # as many come late as are late
+    parsed = delivered - flaws["malformed"]
     return {
         "settings": {setting.name: getattr(run, setting.name) for setting in fields(run)},
         "mode": "verify" if run.verify else "upload" if run.bucket else "write",
@@ -441,19 +424,12 @@ def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
         "bytes_planned": plan.bytes,
         "disk_bytes_planned": plan.disk_bytes,
         "processes": len(plan.slices),
-        **count_rows(run, plan),
+        "flaws": {**flaws},
+        "rows_delivered": delivered,
+        "rows_parsed": parsed,
+        "rows_distinct": parsed - flaws["duplicate"],
+        "rows_of_another_date": flaws["late"],
     }
-
-
-def count_rows(run: Run, plan: Plan) -> dict[str, Any]:
-    """Return the truth about the rows of this task, which needs no generation."""
-    meter_days = plan.readings // run.day_rows
-    flaws = Counter({kind: count * meter_days for kind, count in run.flaw_counts.items()})
-    delivered = plan.readings - flaws["missing"] + flaws["duplicate"]  # as many come late as are late
-    parsed = delivered - flaws["malformed"]
-    rows = {"delivered": delivered, "parsed": parsed, "distinct": parsed - flaws["duplicate"]}
-    rows["of_another_date"] = flaws["late"]
-    return {"flaws": {**flaws}, **{f"rows_{kind}": count for kind, count in rows.items()}}
 
 
 def split(whole: range, index: int, count: int) -> range:
@@ -562,7 +538,6 @@ class Slot(Sum):
     services: Counter[int] = field(default_factory=Counter)
     first_uploads: int = 0  # of processes
     last_files: int = 0  # of processes, which have no file left
-    asked_more: float = 0.0  # objects a second by which the rate that is asked has risen
     answer_seconds: float = 0.0  # for which upload connections waited for answers and for retries
     file_seconds: float = 0.0  # for files
     turn_seconds: float = 0.0  # for their turn
@@ -610,6 +585,7 @@ class Result(Sum):
     files_left: int = 0  # whose upload failed
     bytes_left: int = 0  # of these files
     slices_drawn: int = 0
+    asked: float = 0.0  # objects a second, the most of each process
     readings: int = 0  # in the objects done
     thousandths: int = 0  # sum of what can be read of them, with --flaws
     bytes: int = 0  # of the objects done
@@ -668,8 +644,8 @@ def draw_flaws(key: str, rows: int, counts: dict[str, int]) -> list[tuple[int, s
     kinds = [kind for kind in FLAWS for _ in range(counts.get(kind, 0))]
     places, moved, drawn = rows - counts.get("disorder", 0), {}, []
     random_bytes = hashlib.shake_128(f"flaws/{key}".encode()).digest(8 * len(kinds))
-    numbers = struct.unpack(f"<{len(kinds)}Q", random_bytes)
-    for first, (number, kind) in enumerate(zip(numbers, kinds)):
+    for first, kind in enumerate(kinds):
+        number = int.from_bytes(random_bytes[8 * first : 8 * first + 8], "little")
         other = first + number % (places - first)
         drawn.append((moved.get(other, other), kind))
         moved[other] = moved.get(first, first)
@@ -867,22 +843,17 @@ def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float,
 
 
 class ThreadState(threading.local):
-    """What a thread knows of the request that it makes, and of its earlier tries."""
+    """What a thread knows of the request that it makes; moments are those of the monotonic clock."""
 
-    spare: float  # seconds that are left to it, without those for its bytes
-    sending: float  # seconds that are left to it for its bytes
-    is_sized: bool  # whether it is known how many bytes it has
-    began: float  # when the try did, on the monotonic clock, as all moments here
-    due: float  # when its answer must be there
-    allowed: float  # seconds from its sending to then
-    is_sent: bool  # whether the server has all of it
-    status: int  # of its response, 0 before that
+    tries: int  # so far
+    deadline: float  # after which it is not tried again
+    due: float  # when the answer must be there
+    status: int  # of the response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
     turn: float  # when the upload was due to begin
     started: float  # when it did
-    is_between_chunks: bool = False  # of an object that has one budget
-    is_last_part: bool = False  # whether the object is whole with what is sent now
-    is_uncertain: bool = False  # whether an earlier try may have stored it
+    is_uncertain: bool  # whether an earlier try may have stored the object
+    is_between_chunks: bool = False  # of an object, which has one deadline
 
 
 def shared_byte() -> ctypes.c_byte:
@@ -902,7 +873,7 @@ class Sender:
     turn: float = 0.0  # when the last turn was due; at first, one of the grid
     pace: Pace | None = None  # None without a limit
     paced: float | None = None  # when it was last adapted
-    told: float = 0.0  # its rate when that was last counted
+    fastest: float = 0.0  # objects a second that were asked so far
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # ends of requests; by a fault?
     turn_lock: threading.Lock = field(default_factory=threading.Lock)
     limit: float = 1.0  # how many uploads may be under way now
@@ -935,104 +906,74 @@ class Sender:
             (taken if second is None else taken.timeline.at(second)).add(**counts)
         return taken
 
-    def retrying(self, request: Callable, is_upload: bool = False, is_uncertain: bool = False) -> Any:
+    def retrying(self, request: Callable, is_uncertain: bool = False) -> Any:
         """Return a function that makes a request, again if it fails: the library's retry."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         thread = self.thread
+        thread.tries, thread.is_uncertain = 0, is_uncertain
         if not thread.is_between_chunks:
-            thread.spare, thread.is_uncertain = float(self.run.retry_timeout), is_uncertain
-        thread.sending, thread.is_sized = 0.0, False
+            thread.deadline = time.monotonic() + self.run.retry_timeout
+        thread.is_between_chunks = False
         pauses = (random.uniform(0, min(PAUSE_GROWTH**n, MAX_WAIT_SECONDS)) for n in itertools.count())
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.
             hopeless = not self.reached and LASTING.search(cause_of(error))
-            if thread.spare <= 1 or self.given_up > 1 or hopeless:
+            left = thread.deadline - time.monotonic()
+            if left <= 1 or self.given_up > 1 or hopeless:
                 self.given_up += 1
                 raise error
-            pause = min(next(pauses), thread.spare - 1)  # the last try has the last second
-            thread.spare -= pause
+            pause = min(next(pauses), left - 1)  # the last try has the last second
             self.wait_until(time.monotonic() + pause)
-            if not self.stop.value:
-                self.count(retries=1, answer_seconds=pause * is_upload)
+            if self.stop.value:
+                raise CancelledError
+            self.count(retries=1, answer_seconds=pause)
+            thread.tries += 1
 
         # The library decides what is worth a retry. Its pauses and its timeouts are replaced.
         retry = DEFAULT_RETRY.with_delay(initial=0.0, maximum=0.0).with_timeout(None)
-        return retry(functools.partial(self.attempt, is_upload, request), on_error=before_retry)
+        return retry(functools.partial(self.attempt, request), on_error=before_retry)
 
-    def attempt(self, is_upload: bool, request: Callable[[], Any]) -> Any:
-        """Make a request once, and count it. Raises CancelledError if the run has stopped."""
-        thread = self.thread
-        with self.place() if is_upload else contextlib.nullcontext():
-            if self.stop.value:
-                raise CancelledError
-            thread.began = time.monotonic()
-            thread.due = thread.began + self.patience()  # for a token
-            if not thread.is_between_chunks:
-                thread.started = thread.began
-            if not is_upload:
-                thread.turn = thread.began
-            thread.is_between_chunks = thread.is_last_part = False
-            try:
-                response = request()
-            except Exception as error:
-                is_about_token = type(error).__module__ == "google.auth.exceptions"
-                if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
-                    raise ConnectionError(error) from error  # it is retried: the source may recover
-                if thread.is_uncertain and IS_THERE.match(cause_of(error)):
-                    raise FileExistsError from error  # an earlier try has stored the object
-                # What is sent whole may be stored, unless a whole answer says otherwise.
-                if isinstance(error, OddAnswer):
-                    error.is_uncertain = thread.is_uncertain
-                elif thread.is_last_part and thread.is_sent:
-                    is_refused = thread.status not in (0, 200, 408) and thread.status < 500
-                    thread.is_uncertain |= not is_refused
-                raise
-            finally:
-                # Not what a stopped process has slept:
-                took = min(time.monotonic(), thread.due) - thread.began
-                thread.spare -= max(0.0, took - thread.sending)
-                thread.sending = max(0.0, thread.sending - took)
-            self.given_up = 0
+    def attempt(self, request: Callable[[], Any]) -> Any:
+        """Make a request once. Its errors are those by which the library decides on a retry."""
+        try:
+            response = request()
+        except Exception as error:
+            is_about_token = type(error).__module__ == "google.auth.exceptions"
+            if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
+                raise ConnectionError(error) from error  # it is retried: the source may recover
+            if self.thread.is_uncertain and IS_THERE.match(cause_of(error)):
+                raise FileExistsError from error  # an earlier try has stored the object
+            raise
+        self.given_up = 0
         return response
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Wait until an upload may begin, and hold its place among those under way."""
-        entered = time.monotonic()
+        """Wait until an upload may be sent, and hold its place among those under way."""
         with self.changed:
             while self.busy >= int(self.limit) and not self.stop.value:
                 self.changed.wait(TICK_SECONDS)
             self.busy += 1
-        now = time.monotonic()
-        if now - entered > TICK_SECONDS / 100:
-            self.count(answer_seconds=now - entered)
         try:
-            if not self.thread.is_between_chunks:
-                self.thread.turn = self.take_turn() if self.pace else now
             yield
-            self.adjust(timed_out=False)
-        except Exception as error:
-            if "timed out" in cause_of(error):
-                self.adjust(timed_out=True)
-            raise
         finally:
             with self.changed:
                 self.busy -= 1
                 self.changed.notify(2)
 
-    def adjust(self, timed_out: bool) -> None:
+    def adjust(self, began: float, allowed: float, timed_out: bool) -> None:
         """Halve the uploads under way on a timeout, raise them on a quick answer: see RFC 5681."""
         # Over a quarter of the time it may take is not quick: with many more it would time out.
         most = self.run.upload_workers * self.run.transfer_workers
-        now, began = time.monotonic(), self.thread.began
+        now = time.monotonic()
         with self.changed:
             if self.given_up > 1:  # an outage: nobody need wait for the others to find that out
                 self.limit = most
             elif timed_out and began > self.narrowed:  # once for all that were under way
                 self.limit, self.narrowed = max(1.0, self.limit / 2), now
-            elif not timed_out and now - began < self.thread.allowed / 4:
+            elif not timed_out and now - began < allowed / 4:
                 self.limit = min(self.limit + (1 / self.limit if self.narrowed else 1), most)
 
     def take_turn(self) -> float:
@@ -1069,8 +1010,9 @@ class Sender:
             most = self.share * (run.rps_limit or math.inf)
             pace = next_pace(pace, now - self.paced, faults, doubling, most)
             self.pace, self.paced = pace, now
-        self.count(asked_more=pace.rate - self.told)
-        self.told = pace.rate
+        if pace.rate > self.fastest:
+            self.note(asked=pace.rate - self.fastest)
+            self.fastest = pace.rate
         return pace.rate
 
     def wait_until(self, due: float) -> None:
@@ -1082,37 +1024,44 @@ class Sender:
         """Return the seconds that an answer may take, so that there is time for another try."""
         return min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
 
-    def send_in_time(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-        """Send a request, by a session's method, for as long as it may take."""
-        thread, needed = self.thread, len(request.body or b"") / SLOWEST_RATE
-        if not thread.is_sized:
-            thread.sending, thread.is_sized = needed, True
-        thread.allowed = min(self.patience() + needed, max(thread.spare, 1.0) + thread.sending)
-        began, thread.status, thread.arrived = time.monotonic(), 0, {}
-        thread.is_sent = False
-        thread.due = began + thread.allowed
-        sent = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
-        is_last_chunk = bool(sent) and int(sent[1]) + 1 == int(sent[2])
-        thread.is_last_part = "=multipart" in request.url or is_last_chunk
-        self.count(began, no_response=1)  # until the answer comes
-        try:
-            return send(request, **{**options, "timeout": thread.allowed})
-        finally:
-            self.count_request(began, request.method != "GET")
+    def send(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
+        """Send a request by a session's method, an upload in its place and at its turn."""
+        thread, is_upload, entered = self.thread, request.method != "GET", time.monotonic()
+        with self.place() if is_upload else contextlib.nullcontext():
+            placed = time.monotonic()
+            if request.method == "POST" or (is_upload and thread.tries):  # no further chunk
+                thread.turn = self.take_turn() if self.pace else placed
+                thread.started = time.monotonic()
+            if self.stop.value:
+                raise CancelledError
+            began, needed = time.monotonic(), len(request.body or b"") / SLOWEST_RATE
+            thread.deadline += began - entered + needed * (not thread.tries)
+            allowed = min(self.patience() + needed, max(1.0, thread.deadline - began))
+            thread.due, thread.status, thread.arrived = began + allowed, 0, {}
+            self.count(began, no_response=1, answer_seconds=placed - entered)  # until it comes
+            try:
+                return send(request, **{**options, "timeout": allowed})
+            except OddAnswer as error:  # it is not the service's, or says that the session is lost
+                error.is_uncertain = thread.is_uncertain
+                raise
+            finally:
+                self.count_request(began, allowed, is_upload)
 
-    def count_request(self, began: float, is_upload: bool) -> None:
+    def count_request(self, began: float, allowed: float, is_upload: bool) -> None:
         """Count a request that has ended, with what its response said, if there was one."""
         thread, now = self.thread, time.monotonic()
-        status = thread.status
+        status, timed_out = thread.status, not thread.status and now >= thread.due
         counts: dict[str, Any] = {**thread.arrived}
         if status:
             counts["responses"] = {status: 1}
             self.count(began, no_response=-1)
         if is_upload:
+            thread.is_uncertain |= status < 400 or status >= 500
+            if timed_out or 0 < status < 400:
+                self.adjust(began, allowed, timed_out)
             counts["answer_seconds"] = now - began
             # An upload has one answer, to its last part. What is reset at once, or throttled, would flatter.
-            is_over = "objects" in thread.arrived or (status >= 400 and status not in THROTTLED)
-            if is_over or (not status and now >= thread.due):
+            if timed_out or "objects" in counts or (status >= 400 and status not in THROTTLED):
                 took, late = now - thread.started, now - thread.turn
                 counts.update(latencies={bucket_of(late): 1}, services={bucket_of(took): 1})
             if self.run.ramp:
@@ -1132,7 +1081,6 @@ class Sender:
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
-        self.thread.is_sent = bool(options.get("method"))  # a proxy asked for a tunnel has none
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
@@ -1154,10 +1102,10 @@ class Sender:
                 self.stored[answer["name"]] = size, answer.get("crc32c")
                 if is_object:
                     thread.arrived = {"bytes": size, **thread.arrived, "objects": 1}
-        sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
-        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept)
-        is_lost = status in (404, 410) or (status == 308 and (thread.is_last_part or not is_kept))
-        if "upload_id" in request.url and is_lost:
+        sent = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
+        kept = response.headers.get("Range", "").rpartition("-")[2]
+        is_wrong = status == 308 and sent and (kept != sent[1] or int(kept) + 1 == int(sent[2]))
+        if "upload_id" in request.url and (status in (404, 410) or is_wrong):
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
         thread.is_between_chunks = status == 308 or is_session
@@ -1194,7 +1142,7 @@ def open_bucket(run: Run, sender: Sender) -> Any:
     session = client._http  # as the library's documentation does to widen the pool of connections
     for adapter in session.adapters.values():  # one may have a client's certificate, and keeps it
         adapter.init_poolmanager(10, run.upload_workers * run.transfer_workers)
-    session.send = functools.partial(sender.send_in_time, session.send)
+    session.send = functools.partial(sender.send, session.send)
     HTTPConnection.response_class = sender.timed_response
     session.hooks["response"].append(sender.on_response)
     session.max_redirects = 0  # an upload that is sent elsewhere is not where it should be
@@ -1232,7 +1180,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
     for is_uncertain in (None, True, False):
         states = {path: getattr(error, "is_uncertain", None) for path, error in errors.items()}
         paths = [path for path, state in states.items() if state is is_uncertain]
-        retry = functools.partial(sender.retrying, is_upload=True, is_uncertain=bool(is_uncertain))
+        retry = functools.partial(sender.retrying, is_uncertain=bool(is_uncertain))
         options = {"content_type": content_type, "checksum": None, "retry": retry}
         pairs = [(path, blobs[path]) for path in paths]
         ends = transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)
@@ -1467,7 +1415,7 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
             yield fatal_result(error, run)
         while pending:
             yield collect(run, pending)
-        sender.count(last_files=int(sender.accepted), asked_more=-sender.told)
+        sender.count(last_files=int(sender.accepted))
 
 
 def collect(run: Run, pending: list[Future[list[Result]]], *others: Future[Any]) -> Result:
@@ -1526,18 +1474,15 @@ def claim_directory(run: Run, plan: Plan) -> str:
     needed = needed if run.bucket or not run.resume else 0  # files may be there already
     which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     spool = os.path.join(directory, f".wattif-{os.getuid()}") if run.bucket else directory
-    existing = os.path.abspath(spool)
+    above = Path(os.path.abspath(spool))
     try:
         if not run.dry_run:
             os.makedirs(spool, exist_ok=True)
-        while not os.path.lexists(existing):
-            existing = os.path.dirname(existing)
-        if run.bucket and existing == os.path.abspath(spool):
+        if run.bucket and os.path.lexists(spool):
             lock_spool(spool, run.dry_run)
-        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        existing = next(path for path in (above, *above.parents) if os.path.lexists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise OSError(0, "no directory that can be written", existing)
-        if not run.dry_run:
-            tempfile.TemporaryFile(dir=spool).close()
         free = shutil.disk_usage(existing).free
     except BlockingIOError:
         raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
@@ -1567,38 +1512,15 @@ def lock_spool(spool: str, is_trial: bool) -> None:
         (shutil.rmtree if left.is_dir(follow_symlinks=False) else os.unlink)(path)
 
 
-def read_groups(version_1: str, *names: str) -> Iterator[list[int]]:
-    """Yield the numbers in files of each control group that holds this process: see cgroups(7)."""
-    groups = Path("/proc/self/cgroup")
-    for path in re.findall("^[^:]*:[^:]*:/(.*)", groups.read_text() if groups.exists() else "", re.M):
-        group = CONTROL_GROUPS / version_1 / path
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                yield [int(word) for name in names for word in (folder / name).read_text().split()]
-
-
 def count_cores() -> int:
-    """Return the cores that affinity and the quotas of control groups leave to this process."""
-    quotas = [*read_groups("", "cpu.max"), *read_groups("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
-    allowed = [-(-quota // period) for quota, period in quotas if quota > 0]
-    return min([len(os.sched_getaffinity(0)), *allowed])
-
-
-def check_machine(run: Run, plan: Plan) -> None:
-    """See that memory holds the fleet, and raise the limit of open files. Raises RunError."""
-    limits = [*read_groups("", "memory.max"), *read_groups("memory", "memory.limit_in_bytes")]
-    memory = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *itertools.chain(*limits)])
-    # A process keeps 8 bytes a meter. While it sorts a block it has 40 more for each of its meters.
-    meters = plan.readings // len(plan.days) // run.day_rows
-    needed = 8 * meters + 48 * min(BLOCK_METERS, meters) * len(plan.slices)
-    if needed > memory:
-        raise RunError(f"memory has {in_bytes(memory)}, not {in_bytes(needed)}; lower --meters or --processes")
-    uploads = run.upload_workers * run.transfer_workers if run.bucket else 0
-    files = 50 + 2 * (uploads + len(plan.slices)) + run.write_workers  # a file and a connection
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if 0 <= most < files:
-        raise RunError(f"workers open {files:,} files, {most:,} are allowed; lower --transfer-workers")
+    """Return the cores that affinity and the control groups leave to this process: see cgroups(7)."""
+    cores, groups = [len(os.sched_getaffinity(0))], Path("/proc/self/cgroup")
+    for path in re.findall("^0::/(.*)", groups.read_text() if groups.exists() else "", re.M):
+        for folder in (CONTROL_GROUPS / path, *(CONTROL_GROUPS / path).parents):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+                cores.append(-(-quota // period))
+    return min(cores)
 
 
 def keep_freed_memory() -> None:
@@ -1752,9 +1674,9 @@ def make_record(progress: Progress, signum: int) -> dict[str, Any]:
     is_told = run.flaws and total.objects_done == plan.objects
     return {
         "started": f"{progress.date:%Y-%m-%dT%H:%M:%SZ}",
-        "host": platform.node(),
+        "host": os.uname().nodename,
         "wattif": VERSION,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "google_cloud_storage": importlib.metadata.version("google-cloud-storage"),
         **plan_record(run, plan),
         "exit_status": 128 + signum if signum > 0 and status else status,
@@ -1800,8 +1722,7 @@ def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -
     """Return what was asked of the bucket, what it took, and since when it throttled."""
     run, plan, total = progress.run, progress.plan, progress.total
     asked = (run.rps_limit or 0) * plan.objects / len(plan.days) / plan.day_files
-    if run.ramp:
-        asked = max(itertools.accumulate(slot.asked_more for slot in seconds))
+    asked = total.asked if run.ramp else asked
     first, last = find_steady(seconds)
     length, steady = fold(seconds[first:last], MOST_SLOTS)
     rates: dict[str, Any] = {}
@@ -1923,9 +1844,10 @@ def describe_plan(run: Run, plan: Plan) -> Iterator[str]:
     inexact = "at most " if run.gzip or run.meters % run.meters_per_file else ""
     is_upload, all_objects = run.bucket and not run.verify, len(plan.days) * plan.day_files
     uploads = f", {many(plan.objects, 'upload')} (class A operations)" if is_upload else ""
-    rows = count_rows(run, plan)
-    flaws = ", ".join(f"{count:,} {kind}" for kind, count in rows.pop("flaws").items())
-    kinds = ", ".join(f"{count:,} {name[5:].replace('_', ' ')}" for name, count in rows.items())
+    record = plan_record(run, plan)
+    flaws = ", ".join(f"{count:,} {kind}" for kind, count in record["flaws"].items())
+    rows = ((name, count) for name, count in record.items() if name.startswith("rows_"))
+    kinds = ", ".join(f"{count:,} {name[5:].replace('_', ' ')}" for name, count in rows)
     disk = f"at most {plan.disk_bytes:,} bytes ({in_bytes(plan.disk_bytes)}) at once in "
     task = f"{run.task_index} of {run.task_count:,} (from {run.task_source})"
     lines = {
@@ -2113,36 +2035,34 @@ def judge(run: Run, record: dict[str, Any]) -> None:
     """Add to the record what --expect found, and exit status 3 where that alone is wrong."""
     known = {key for key, value in record.items() if isinstance(value, (int, float, type(None)))}
     for rule in run.expect or ():
-        key, sign, number = RULE.fullmatch(rule).groups()
+        key, sign, number = re.fullmatch(EXPECTATION, rule).groups()
         if key not in known - WORDS:
             numbers = ", ".join(sorted(known - WORDS))
             raise RunError(f"--expect {rule}: the record has no such number, but {numbers}")
         value = record[key]
         is_met = value is not None and COMPARISONS[sign](value, float(number))
-        record["expectations"].append({"rule": rule, "value": value, "met": is_met})
+        record["expectations"].append({"rule": re.sub(r"\s", "", rule), "value": value, "met": is_met})
         if not is_met and not record["exit_status"]:
             record["exit_status"] = 3
 
 
 def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
-    """Put the record of a complete run beside its data; without a new object it replaces none."""
+    """Put the record of a complete run beside its data."""
     name = f"_wattif/{run.start}_{run.end}_task-{run.task_index}-of-{run.task_count}.json"
     name = f"{run.prefix}/{name}" if run.prefix else name
     path, text = Path(str(run.output_dir), name), render_json(record)
     try:
         if run.bucket:
             sender = Sender(run, stop, find_credentials(run, stop), time.monotonic())
-            generation = None if record["objects_done"] else 0
-            options = {"retry": sender.retrying, "if_generation_match": generation}
+            blob = open_bucket(run, sender).blob(name)
             with contextlib.suppress(FileExistsError):  # an answer was lost
-                blob = open_bucket(run, sender).blob(name)
-                blob.upload_from_string(text, "application/json", **options)
-        elif record["objects_done"] or not path.exists():
+                blob.upload_from_string(text, "application/json", retry=sender.retrying)
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(str(path), [text.encode()], is_measured=False)
     except (Exception, KeyboardInterrupt) as error:
-        if not record["objects_done"] and IS_THERE.match(cause_of(error)):
-            return  # one is there
+        if IS_THERE.match(cause_of(error)):
+            return  # that of an earlier run, which the role may not replace
         if not stop.value:
             fatal_result(error, run)  # which raises it if it is our fault
         cause = "the run was stopped" if stop.value else explain(error, run)
@@ -2186,11 +2106,11 @@ GROUPS = {  # of the settings that begin with these
     "task_index": "many machines (default: from Cloud Batch, Cloud Run, Slurm or Kubernetes)",
     "temp_dir": "tuning",
 }
-SCHEDULERS = (  # their variables for a task's index, the number of tasks, and the range of an array
+SCHEDULERS = (  # their variables for a task's index from 0 on, and for the number of tasks
     ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),  # Cloud Batch
     ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),  # Cloud Run jobs
     ("JOB_COMPLETION_INDEX", ""),  # Kubernetes Indexed Jobs, which do not say the count
-    tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "MAX", "STEP")),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
 )
 
 
@@ -2228,15 +2148,9 @@ def find_task(index: int | None, count: int | None) -> tuple[int, int, str]:
         values = [os.environ.get(name, "0") for name in names]
         if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
             raise RunError(f"{names[0]} and its like are not numbers; give --task-index and --task-count")
-        task, tasks, *elements = map(int, values)
-        if elements and count is None:
-            first, last, step = elements
-            if tasks < 2 or first > 1 or (last - first) // max(1, step) + 1 != tasks:
-                raise RunError("this is a part of a Slurm array; give --task-count N and elements 0 to N - 1")
-            task = (task - first) // max(1, step)
         if index is None:
-            index, source = task, names[0]
-        count = count or tasks or None
+            index, source = int(values[0]), names[0]
+        count = count or int(values[1]) or None
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None or index >= count:
@@ -2256,9 +2170,6 @@ def read_settings(argv: Sequence[str]) -> Run:
         raise RunError(f"{name} is no flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
     if None in (args.start, args.end):
         raise RunError("--start and --end are required; give both, as YYYY-MM-DD, today or yesterday")
-    if args.flaws and len(args.flaws) > 1:
-        raise RunError("--flaws is given twice; give one, as --flaws late=1%,null=1%")
-    args.flaws = args.flaws[0] if args.flaws else None
     args.bucket, _, path = (args.bucket or "").partition("/")
     if path and args.prefix:
         raise RunError(f"--prefix {args.prefix} and --bucket have a path; drop one")
@@ -2302,6 +2213,8 @@ def execute(run: Run, plan: Plan, stop: ctypes.c_byte, progress: Progress) -> No
     """Do what the plan says, and add up the results. Raises RunError if the run cannot begin."""
     credentials = find_credentials(run, stop) if run.bucket else None
     folder = claim_directory(run, plan)
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     for line in describe_plan(run, plan):
         say(line)
     sender = Sender(run, stop, credentials, progress.started)
@@ -2339,7 +2252,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = make_plan(run)
         progress = Progress(run, plan, stop)
         judge(run, make_record(progress, 0))
-        check_machine(run, plan)
         if run.dry_run:
             claim_directory(run, plan)
             text = "".join(f"{line}\n" for line in describe_plan(run, plan))

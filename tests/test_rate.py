@@ -217,11 +217,7 @@ def test_a_thread_takes_no_turn_before_it_is_due() -> None:
     pace = generator.Pace(5.0)
     sender = generator.Sender(run, stop, None, start=start, turn=start, pace=pace, accepted=True, limit=20.0)
 
-    def upload() -> None:
-        with sender.place():
-            sender.thread.began = sender.thread.allowed = 0.0
-
-    threads = [threading.Thread(target=upload) for _ in range(20)]
+    threads = [threading.Thread(target=sender.take_turn) for _ in range(20)]
     for thread in threads:
         thread.start()
     until(lambda: sender.turn >= start + 0.6)

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -141,26 +140,15 @@ def test_a_chunk_that_drips_ends_in_the_time_that_its_bytes_allow(tmp_path: Path
     assert elapsed < 1 + bytes_of_object / slowest / 100 + 3
 
 
-@pytest.mark.parametrize(("method", "is_sent"), [("POST", True), (None, False)])
-def test_an_answer_of_a_proxy_that_was_asked_for_a_tunnel_says_nothing_of_an_object(method: Any, is_sent: bool) -> None:
-    sender = generator.Sender(SimpleNamespace(), ctypes.c_byte(0), None, start=0.0)
-    sender.thread.due = time.monotonic() + 10
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        sender.timed_response(ours, method=method)
-    assert sender.thread.is_sent == is_sent
-
-
 def test_the_number_of_uploads_under_way_follows_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(generator.time, "monotonic", lambda: now[0])
     run = SimpleNamespace(upload_workers=2, transfer_workers=16)
     sender = generator.Sender(run, ctypes.c_byte(0), None, start=0.0)
-    sender.thread.allowed = 40.0
 
     def answered(seconds: float, timed_out: bool = False) -> float:
-        sender.thread.began, now[0] = now[0], now[0] + seconds
-        sender.adjust(timed_out=timed_out)
+        began, now[0] = now[0], now[0] + seconds
+        sender.adjust(began, 40.0, timed_out=timed_out)
         return sender.limit
 
     assert [answered(9.0) for _ in range(7)] == [2, 3, 4, 5, 6, 7, 8]  # with each round of answers, twice as many
