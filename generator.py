@@ -312,9 +312,7 @@ class Run:
     dry_run: bool = flag("print the plan and stop")
     verbose: bool = flag("log each batch and decision")
     rps_limit: float | None = flag("at most R objects a second, all tasks and processes together", None, "R", RATES)
-    ramp: float | None = flag(
-        "begin with R objects a second and double them, to warm a bucket up, to warm a bucket up", None, "R", RATES
-    )
+    ramp: float | None = flag("begin with R objects a second and double them, to warm a bucket up", None, "R", RATES)
     ramp_minutes: float = flag("in which a ramp doubles", 20, "M", (0.01, 1440))
     json: bool = flag("print the record as a line of JSON on standard output")
     record: bool = flag("put the record beside the data, into _wattif/, once all is delivered")
