@@ -1023,7 +1023,7 @@ class Sender:
         return min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
 
     def send(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-        """Send a request by a session's method, an upload in its place and at its turn."""
+        """Send a request by the session's `send`, an upload in its place and at its turn."""
         thread, is_upload, entered = self.thread, request.method != "GET", time.monotonic()
         with self.place() if is_upload else contextlib.nullcontext():
             placed = time.monotonic()
@@ -1043,9 +1043,9 @@ class Sender:
                 error.is_uncertain = thread.is_uncertain
                 raise
             finally:
-                self.count_request(began, allowed, is_upload)
+                self.count_request(began, is_upload)
 
-    def count_request(self, began: float, allowed: float, is_upload: bool) -> None:
+    def count_request(self, began: float, is_upload: bool) -> None:
         """Count a request that has ended, with what its response said, if there was one."""
         thread, now = self.thread, time.monotonic()
         status, timed_out = thread.status, not thread.status and now >= thread.due
@@ -1056,7 +1056,7 @@ class Sender:
         if is_upload:
             thread.is_uncertain |= status < 400 or status >= 500
             if timed_out or 0 < status < 400:
-                self.adjust(began, allowed, timed_out)
+                self.adjust(began, thread.due - began, timed_out)
             counts["answer_seconds"] = now - began
             # An upload has one answer, to its last part. What is reset at once, or throttled, would flatter.
             if timed_out or "objects" in counts or (status >= 400 and status not in THROTTLED):
@@ -1086,7 +1086,7 @@ class Sender:
         return response
 
     def on_response(self, response: Any, **_: Any) -> None:
-        """Count a response, and keep what it says of an object: a hook of the HTTP session."""
+        """Keep what a response says of an object: a hook of the HTTP session. Raises OddAnswer."""
         request, status, thread = response.request, response.status_code, self.thread
         thread.status = status
         is_object = status == 200 and (request.method == "PUT" or "=multipart" in request.url)
