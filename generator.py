@@ -17,16 +17,10 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # a signal ends the run during the imports, too, and as process 1
-
-    def end_early(signum: int, _: object) -> None:
-        """End before anything has begun."""
-        os.write(2, b"generator.py: stopped before anything was done\n")
-        os._exit(128 + signum)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, end_early)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C ends the run during the imports, too.
+    text = b"generator.py: stopped before anything was done\n"
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, text) and os._exit(130))
 
 import argparse
 import atexit

@@ -104,6 +104,6 @@ def test_a_signal_ends_the_drawing_of_a_large_fleet(tmp_path: Path, meters_per_f
 
 
 def test_a_fleet_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
-    flags = ("--meters", 30_000_000, "--meters-per-file", 10_000_000, "--interval", 86_400, "--processes", 1)
-    done = wattif(*DAYS, *flags, "--output-dir", tmp_path, prefix=("prlimit", "--as=140000000"))
+    flags = ("--meters", 5_000_000, "--meters-per-file", 2_500_000, "--interval", 86_400, "--processes", 1)
+    done = wattif(*DAYS, *flags, "--output-dir", tmp_path, prefix=("prlimit", "--as=100000000"))
     assert done.returncode == 1 and "lower --meters" in done.stderr and "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -126,21 +125,15 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
     assert len(server.objects) == 120
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_the_imports_ends_the_run(tmp_path: Path, signum: int) -> None:
-    # As the first process of a container, which a signal that it does not handle does not end. An import that never
-    # ends stands for a slow disk.
+def test_ctrl_c_during_the_imports_ends_the_run(tmp_path: Path) -> None:
+    # An import that never ends stands for a slow disk.
     (tmp_path / "orjson.py").write_text("import sys, time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     command = [sys.executable, str(ROOT / "generator.py"), *SMALL, "--output-dir", str(tmp_path / "out")]
-    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
-    is_first = subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode == 0
-    env = environment(PYTHONPATH=str(tmp_path))
     pipe = subprocess.PIPE
-    with subprocess.Popen((unshare if is_first else []) + command, env=env, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(command, env=environment(PYTHONPATH=str(tmp_path)), stdout=pipe, stderr=pipe) as process:
         assert process.stdout.readline() == b"imports\n"
-        script = children_of(process.pid)[0] if is_first else process.pid
-        os.kill(script, signum)
-        assert process.wait(timeout=20) == 128 + signum
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
         assert process.stderr.read() == b"generator.py: stopped before anything was done\n"
 
 
