@@ -839,6 +839,7 @@ class ThreadState(threading.local):
 
     tries: int  # so far
     deadline: float  # after which it is not tried again
+    sending: float  # seconds more that it has for its bytes, without end until these are known
     due: float  # when the answer must be there
     status: int  # of the response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
@@ -903,7 +904,7 @@ class Sender:
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         thread = self.thread
-        thread.tries, thread.is_uncertain = 0, is_uncertain
+        thread.tries, thread.sending, thread.is_uncertain = 0, math.inf, is_uncertain
         if not thread.is_between_chunks:
             thread.deadline = time.monotonic() + self.run.retry_timeout
         thread.is_between_chunks = False
@@ -1027,8 +1028,10 @@ class Sender:
             if self.stop.value:
                 raise CancelledError
             began, needed = time.monotonic(), len(request.body or b"") / SLOWEST_RATE
-            thread.deadline += began - entered + needed * (not thread.tries)
-            allowed = min(self.patience() + needed, max(1.0, thread.deadline - began))
+            thread.sending = min(thread.sending, needed)
+            thread.deadline += began - entered
+            left = max(1.0, thread.deadline - began) + thread.sending
+            allowed = min(self.patience() + needed, left)
             thread.due, thread.status, thread.arrived = began + allowed, 0, {}
             self.count(began, no_response=1, answer_seconds=placed - entered)  # until it comes
             try:
@@ -1043,6 +1046,9 @@ class Sender:
         """Count a request that has ended, with what its response said, if there was one."""
         thread, now = self.thread, time.monotonic()
         status, timed_out = thread.status, not thread.status and now >= thread.due
+        sent = min(now - began, thread.sending)
+        thread.sending -= sent
+        thread.deadline += sent
         counts: dict[str, Any] = {**thread.arrived}
         if status:
             counts["responses"] = {status: 1}

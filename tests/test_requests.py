@@ -101,6 +101,23 @@ def test_a_request_is_tried_for_as_long_as_the_flag_says(tmp_path: Path) -> None
     assert done.returncode == 1 and 6.5 < tries[-1] - tries[0] < 8.5
 
 
+def test_all_parts_of_an_object_have_one_time(tmp_path: Path) -> None:
+    tries: list[float] = []
+
+    def fault(request: Request) -> int | None:
+        if "upload_id" in request.query:
+            tries.append(time.monotonic())
+            # The first part fails for 5 of the 8 seconds, the last one for ever.
+            is_first = request.headers["content-range"].startswith("bytes 0-")
+            return 503 if not is_first or tries[-1] - tries[0] < 5 else None
+        return None
+
+    flags = (*DAY, "--meters", 30, "--meters-per-file", 30, "--retry-timeout", 8, "--temp-dir", tmp_path)
+    with Server(fault=fault) as server:
+        done = upload(server, *flags)
+    assert done.returncode == 1 and "HTTP 503" in done.stderr and 6.5 < tries[-1] - tries[0] < 9.5
+
+
 @pytest.mark.parametrize("fault", ["drip", "stall"])
 @pytest.mark.parametrize("kind", [("--interval", 3600), ("--meters", 20, "--meters-per-file", 20)])
 def test_an_upload_ends_in_the_time_that_its_bytes_allow(tmp_path: Path, fault: str, kind: tuple) -> None:
