@@ -118,6 +118,25 @@ def test_all_parts_of_an_object_have_one_time(tmp_path: Path) -> None:
     assert done.returncode == 1 and "HTTP 503" in done.stderr and 6.5 < tries[-1] - tries[0] < 9.5
 
 
+def test_an_object_after_a_large_one_that_failed_has_its_own_time(tmp_path: Path) -> None:
+    cursed: list[str] = []
+    begun: Counter[str] = Counter()
+
+    def fault(request: Request) -> Any:
+        if len(server.objects) == 1 and not cursed:
+            cursed.append(request.name)
+        if request.name in cursed:
+            return "reset" if "upload_id" in request.query else None
+        begun.update([request.name] * (request.method == "POST"))
+        return 503 if cursed and begun[request.name] == 1 and request.method == "POST" else None
+
+    flags = (*DAY, "--meters", 100, "--meters-per-file", 25, "--processes", 1, "--retry-timeout", 3)
+    with Server(fault=fault) as server:
+        done = upload(server, *flags, "--transfer-workers", 1, "--temp-dir", tmp_path, "--json")
+    assert done.returncode == 1 and report(done)["objects_failed"] == 1, done.stderr
+    assert sorted(begun.values()) == [1, 2, 2] and len(server.objects) == 3
+
+
 @pytest.mark.parametrize("fault", ["drip", "stall"])
 @pytest.mark.parametrize("kind", [("--interval", 3600), ("--meters", 20, "--meters-per-file", 20)])
 def test_an_upload_ends_in_the_time_that_its_bytes_allow(tmp_path: Path, fault: str, kind: tuple) -> None:
