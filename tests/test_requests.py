@@ -217,6 +217,15 @@ def test_a_slow_line_carries_every_byte_once(tmp_path: Path) -> None:
     assert made["bytes"] / made["elapsed_seconds"] > 0.7 * 12e6
 
 
+def test_the_bytes_of_a_large_object_have_their_time_beside_that_for_retries(tmp_path: Path) -> None:
+    # A part takes 3.4 seconds; it may take 6.7 and what its answer may.
+    flags = (*DAY, "--meters", 26, "--meters-per-file", 26, "--processes", 1, "--retry-timeout", 2)
+    with Server(keep=False, rate=5e6) as server:
+        flags = (*flags, "--temp-dir", tmp_path, "--json")
+        done = upload(server, *flags, patch="generator.SLOWEST_RATE = 2_500_000")
+    assert done.returncode == report(done)["retries"] == 0, done.stderr
+
+
 def test_a_soak_of_faults_a_kill_and_a_resume(expected: Callable[..., dict], tmp_path: Path) -> None:
     flags = (
         "--start",
