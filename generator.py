@@ -62,7 +62,7 @@ try:
     import orjson
     from bloom_filter import BloomFilter
 except ImportError as missing:
-    remedy = "pip install -r requirements.txt, or run it by: uv run generator.py"
+    remedy = "pip install -r requirements.txt, or run it by .venv/bin/python or: uv run generator.py"
     sys.stderr.write(f"generator.py: error: {missing.name} is not installed; {remedy}\n")
     raise SystemExit(2) from None
 
@@ -161,12 +161,13 @@ REMEDIES = (  # what to do, by the words of an error, the most telling first
     ("certificate", "set REQUESTS_CA_BUNDLE to the file with the certificate of your proxy"),
     ("(HTTP|failed:) 407", "put user and password into HTTPS_PROXY: http://USER:PASSWORD@HOST:PORT"),
     ("Failed to parse", "see HTTPS_PROXY; in a password, write %23 for #, %2F for / and %3F for ?"),
-    (NO_NAME, "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
+    ("HTTP 30[0-9]", "something redirects uploads; check HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
+    (f"{NO_NAME}|Connection refused|timed out", "check the network, HTTPS_PROXY and STORAGE_EMULATOR_HOST"),
 )
 VERIFY_ADVICE = {
-    "missing": "run it with --resume instead of --verify",
-    "different": "run it without --verify, which makes them again",
-    "unexpected": "{delete} {destination}/NAME deletes one, with the NAME above",
+    "missing": "if all flags are those of the upload, run it with --resume instead of --verify",
+    "different": "if all flags are those of the upload, run it without --verify, which makes them again",
+    "unexpected": "if they belong to no other run, {delete} {destination}/NAME deletes one, with the NAME above",
 }
 MAX_DIFFERENCES = 20  # listed by each process of --verify; the rest are only counted
 LOG_SECONDS = 30  # between progress lines where there is no terminal
@@ -203,7 +204,7 @@ def parse_day(text: str) -> date:
     with contextlib.suppress(ValueError):
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
             return date.fromisoformat(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not YYYY-MM-DD, today or yesterday (UTC)")
+    raise argparse.ArgumentTypeError(f"{text!r} is no day as YYYY-MM-DD, today or yesterday (UTC)")
 
 
 def parse_number(least: float, most: int, text: str) -> float:
@@ -374,6 +375,7 @@ class Plan:
     readings: int
     bytes: int  # of the objects, before compression
     disk_bytes: int  # most disk in use at once
+    least_disk: int  # the least --max-disk, in bytes
 
 
 def make_plan(run: Run) -> Plan:
@@ -388,7 +390,7 @@ def make_plan(run: Run) -> Plan:
     file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
     if room < 2:
-        raise RunError(f"--max-disk has no room for 2 files; give at least {2 * file_disk:,} bytes")
+        raise RunError(f"--max-disk has no room for 2 files; give at least {2 * file_disk:,}")
     # The disk holds pending batches, and failed files until they would outnumber a batch.
     processes = min(run.processes, len(task_files), room // 2)
     room //= max(1, processes)
@@ -399,7 +401,8 @@ def make_plan(run: Run) -> Plan:
     if run.bucket:
         disk = min(objects, processes * (pending_batches + 1) * batch_files) * file_disk
     slices = [split(task_files, index, processes) for index in range(processes)]
-    return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, size, disk)
+    figures = (batch_files, pending_batches, objects, readings, size, disk, 2 * file_disk)
+    return Plan(days, day_files, slices, *figures)
 
 
 def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
@@ -530,6 +533,7 @@ class Slot(Sum):
     services: Counter[int] = field(default_factory=Counter)
     first_uploads: int = 0  # of processes
     last_files: int = 0  # of processes, which have no file left
+    asked_more: float = 0.0  # objects a second by which the rate that is asked has risen
     answer_seconds: float = 0.0  # for which upload connections waited for answers and for retries
     file_seconds: float = 0.0  # for files
     turn_seconds: float = 0.0  # for their turn
@@ -577,7 +581,6 @@ class Result(Sum):
     files_left: int = 0  # whose upload failed
     bytes_left: int = 0  # of these files
     slices_drawn: int = 0
-    asked: float = 0.0  # objects a second, the most of each process
     readings: int = 0  # in the objects done
     thousandths: int = 0  # sum of what can be read of them, with --flaws
     bytes: int = 0  # of the objects done
@@ -837,16 +840,23 @@ def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float,
 class ThreadState(threading.local):
     """What a thread knows of the request that it makes; moments are those of the monotonic clock."""
 
-    tries: int  # so far
+    retries: int  # of the request so far
     deadline: float  # after which it is not tried again
-    sending: float  # seconds more that it has for its bytes, without end until these are known
+    sending: float  # seconds left for its bytes, without end until their number is known
     due: float  # when the answer must be there
+    is_sent: bool  # whether the server has all of the request
     status: int  # of the response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
     turn: float  # when the upload was due to begin
     started: float  # when it did
     is_uncertain: bool  # whether an earlier try may have stored the object
     is_between_chunks: bool = False  # of an object, which has one deadline
+
+
+def is_last_part(request: Any) -> bool:
+    """Say whether an object is whole with what a request sends."""
+    span = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
+    return "=multipart" in request.url or (bool(span) and int(span[1]) + 1 == int(span[2]))
 
 
 def shared_byte() -> ctypes.c_byte:
@@ -866,7 +876,7 @@ class Sender:
     turn: float = 0.0  # when the last turn was due; at first, one of the grid
     pace: Pace | None = None  # None without a limit
     paced: float | None = None  # when it was last adapted
-    fastest: float = 0.0  # objects a second that were asked so far
+    told: float = 0.0  # its rate when that was last counted
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # ends of requests; by a fault?
     turn_lock: threading.Lock = field(default_factory=threading.Lock)
     limit: float = 1.0  # how many uploads may be under way now
@@ -899,52 +909,65 @@ class Sender:
             (taken if second is None else taken.timeline.at(second)).add(**counts)
         return taken
 
-    def retrying(self, request: Callable, is_uncertain: bool = False) -> Any:
+    def retrying(self, request: Callable, is_upload: bool = False, is_uncertain: bool = False) -> Any:
         """Return a function that makes a request, again if it fails: the library's retry."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        thread = self.thread
-        thread.tries, thread.sending, thread.is_uncertain = 0, math.inf, is_uncertain
-        if not thread.is_between_chunks:
+        thread, is_first = self.thread, not self.thread.is_between_chunks
+        thread.retries, thread.is_uncertain, thread.sending = 0, is_uncertain, math.inf
+        if is_first:
             thread.deadline = time.monotonic() + self.run.retry_timeout
-        thread.is_between_chunks = False
-        pauses = (random.uniform(0, min(PAUSE_GROWTH**n, MAX_WAIT_SECONDS)) for n in itertools.count())
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.
             hopeless = not self.reached and LASTING.search(cause_of(error))
-            left = thread.deadline - time.monotonic()
-            if left <= 1 or self.given_up > 1 or hopeless:
+            # The last try has a second; a pause never takes that from it.
+            left = thread.deadline - time.monotonic() - min(1.0, self.patience())
+            if left <= 0 or self.given_up > 1 or hopeless:
                 self.given_up += 1
                 raise error
-            pause = min(next(pauses), left - 1)  # the last try has the last second
+            longest = min(PAUSE_GROWTH ** min(thread.retries, 50), MAX_WAIT_SECONDS)
+            pause = min(random.uniform(0, longest), left)
+            log.debug("again in %.1f s: %s", pause, cause_of(error))
             self.wait_until(time.monotonic() + pause)
             if self.stop.value:
                 raise CancelledError
-            self.count(retries=1, answer_seconds=pause)
-            thread.tries += 1
+            self.count(retries=1, answer_seconds=pause * is_upload)
+            thread.retries += 1
 
         # The library decides what is worth a retry. Its pauses and its timeouts are replaced.
         retry = DEFAULT_RETRY.with_delay(initial=0.0, maximum=0.0).with_timeout(None)
-        return retry(functools.partial(self.attempt, request), on_error=before_retry)
+        return retry(functools.partial(self.attempt, is_upload, is_first, request), on_error=before_retry)
 
-    def attempt(self, request: Callable[[], Any]) -> Any:
-        """Make a request once. Its errors are those by which the library decides on a retry."""
-        try:
-            response = request()
-        except Exception as error:
-            is_about_token = type(error).__module__ == "google.auth.exceptions"
-            if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
-                raise ConnectionError(error) from error  # it is retried: the source may recover
-            if self.thread.is_uncertain and IS_THERE.match(cause_of(error)):
-                raise FileExistsError from error  # an earlier try has stored the object
-            raise
+    def attempt(self, is_upload: bool, is_first: bool, request: Callable[[], Any]) -> Any:
+        """Make a request once, an upload when there is room and, but for further chunks, at its turn."""
+        thread, entered = self.thread, time.monotonic()
+        thread.is_between_chunks = False
+        with self.room() if is_upload else contextlib.nullcontext():
+            now = time.monotonic()
+            self.count(answer_seconds=(now - entered) * is_upload)
+            if is_first or thread.retries:
+                thread.turn = self.take_turn() if is_upload and self.pace else now
+                thread.started = time.monotonic()
+            if self.stop.value:
+                raise CancelledError
+            thread.deadline += time.monotonic() - entered
+            try:
+                response = request()
+            except Exception as error:
+                thread.is_between_chunks = False
+                is_about_token = type(error).__module__ == "google.auth.exceptions"
+                if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
+                    raise ConnectionError(error) from error  # it is retried: the source may recover
+                if thread.is_uncertain and IS_THERE.match(cause_of(error)):
+                    raise FileExistsError from error  # an earlier try has stored the object
+                raise
         self.given_up = 0
         return response
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Wait until an upload may be sent, and hold its place among those under way."""
+    def room(self) -> Iterator[None]:
+        """Wait until there is room for an upload, and take it among those under way."""
         with self.changed:
             while self.busy >= int(self.limit) and not self.stop.value:
                 self.changed.wait(TICK_SECONDS)
@@ -1003,9 +1026,8 @@ class Sender:
             most = self.share * (run.rps_limit or math.inf)
             pace = next_pace(pace, now - self.paced, faults, doubling, most)
             self.pace, self.paced = pace, now
-        if pace.rate > self.fastest:
-            self.note(asked=pace.rate - self.fastest)
-            self.fastest = pace.rate
+        self.count(asked_more=pace.rate - self.told)
+        self.told = pace.rate
         return pace.rate
 
     def wait_until(self, due: float) -> None:
@@ -1017,49 +1039,41 @@ class Sender:
         """Return the seconds that an answer may take, so that there is time for another try."""
         return min(MAX_WAIT_SECONDS, self.run.retry_timeout / 3)
 
-    def send(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
-        """Send a request by the session's `send`, an upload in its place and at its turn."""
-        thread, is_upload, entered = self.thread, request.method != "GET", time.monotonic()
-        with self.place() if is_upload else contextlib.nullcontext():
-            placed = time.monotonic()
-            if request.method == "POST" or (is_upload and thread.tries):  # no further chunk
-                thread.turn = self.take_turn() if self.pace else placed
-                thread.started = time.monotonic()
-            if self.stop.value:
-                raise CancelledError
-            began, needed = time.monotonic(), len(request.body or b"") / SLOWEST_RATE
-            thread.sending = min(thread.sending, needed)
-            thread.deadline += began - entered
-            left = max(1.0, thread.deadline - began) + thread.sending
-            allowed = min(self.patience() + needed, left)
-            thread.due, thread.status, thread.arrived = began + allowed, 0, {}
-            self.count(began, no_response=1, answer_seconds=placed - entered)  # until it comes
-            try:
-                return send(request, **{**options, "timeout": allowed})
-            except OddAnswer as error:  # it is not the service's, or says that the session is lost
-                error.is_uncertain = thread.is_uncertain
-                raise
-            finally:
-                self.count_request(began, is_upload)
+    def send(self, forward: Callable[..., Any], request: Any, **options: Any) -> Any:
+        """Send a request by the session's own `send`, for as long as it may take."""
+        thread, began = self.thread, time.monotonic()
+        needed = len(request.body or b"") / SLOWEST_RATE
+        thread.sending = min(thread.sending, needed)
+        left = max(1.0, thread.deadline - began) + thread.sending
+        thread.due = began + min(self.patience() + needed, left)
+        thread.is_sent, thread.status, thread.arrived = False, 0, {}
+        self.count(began, no_response=1)  # until it comes
+        try:
+            return forward(request, **{**options, "timeout": thread.due - began})
+        except OddAnswer as error:  # it is not the service's, or says that the session is lost
+            error.is_uncertain = thread.is_uncertain
+            raise
+        finally:
+            self.count_request(request, began)
 
-    def count_request(self, began: float, is_upload: bool) -> None:
+    def count_request(self, request: Any, began: float) -> None:
         """Count a request that has ended, with what its response said, if there was one."""
-        thread, now = self.thread, time.monotonic()
+        thread, counts, now = self.thread, self.thread.arrived, time.monotonic()
+        spent = min(now - began, thread.sending)
+        thread.sending -= spent
+        thread.deadline += spent
         status, timed_out = thread.status, not thread.status and now >= thread.due
-        sent = min(now - began, thread.sending)
-        thread.sending -= sent
-        thread.deadline += sent
-        counts: dict[str, Any] = {**thread.arrived}
         if status:
             counts["responses"] = {status: 1}
             self.count(began, no_response=-1)
-        if is_upload:
-            thread.is_uncertain |= status < 400 or status >= 500
+        if request.method != "GET":
+            is_refused = 400 <= status < 500 and status != 408
+            thread.is_uncertain |= thread.is_sent and is_last_part(request) and not is_refused
             if timed_out or 0 < status < 400:
                 self.adjust(began, thread.due - began, timed_out)
             counts["answer_seconds"] = now - began
-            # An upload has one answer, to its last part. What is reset at once, or throttled, would flatter.
-            if timed_out or "objects" in counts or (status >= 400 and status not in THROTTLED):
+            # An object has one answer, to its last part. What is refused or reset at once would flatter.
+            if timed_out or "objects" in counts:
                 took, late = now - thread.started, now - thread.turn
                 counts.update(latencies={bucket_of(late): 1}, services={bucket_of(took): 1})
             if self.run.ramp:
@@ -1079,6 +1093,7 @@ class Sender:
 
     def timed_response(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:
         """Read a response that must be whole in time, which each byte would have otherwise."""
+        self.thread.is_sent = bool(options.get("method"))  # a proxy asked for a tunnel has none
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
         read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
@@ -1100,10 +1115,10 @@ class Sender:
                 self.stored[answer["name"]] = size, answer.get("crc32c")
                 if is_object:
                     thread.arrived = {"bytes": size, **thread.arrived, "objects": 1}
-        sent = re.search("-([0-9]+)/([0-9]+)", request.headers.get("Content-Range", ""))
-        kept = response.headers.get("Range", "").rpartition("-")[2]
-        is_wrong = status == 308 and sent and (kept != sent[1] or int(kept) + 1 == int(sent[2]))
-        if "upload_id" in request.url and (status in (404, 410) or is_wrong):
+        sent, kept = request.headers.get("Content-Range", ""), response.headers.get("Range", "")
+        is_kept = re.findall("-[0-9]+", sent) == re.findall("-[0-9]+", kept)
+        is_lost = status in (404, 410) or (status == 308 and (is_last_part(request) or not is_kept))
+        if "upload_id" in request.url and is_lost:
             raise OddAnswer("the service has lost the session of the upload, or a part of it")
         is_session = status == 200 and "=resumable" in request.url and not is_object
         thread.is_between_chunks = status == 308 or is_session
@@ -1119,8 +1134,7 @@ def find_credentials(run: Run, stop: ctypes.c_byte) -> Any:
         raise RunError("STORAGE_EMULATOR_HOST must be like http://localhost:9023; --bucket uses it")
     import google.auth.compute_engine
 
-    is_vm = google.auth.compute_engine.detect_gce_residency_linux()
-    is_vm = is_vm or "GCE_METADATA_HOST" in os.environ
+    is_vm = "GCE_METADATA_HOST" in os.environ or google.auth.compute_engine.detect_gce_residency_linux()
     if not is_vm or "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:  # there is nothing to wait for
         run = replace(run, retry_timeout=1)
     try:  # again, as the metadata server of a VM that has just started may not be up yet
@@ -1178,7 +1192,7 @@ def upload_batch(run: Run, sender: Sender, batch: Batch, written: Future[list[Fi
     for is_uncertain in (None, True, False):
         states = {path: getattr(error, "is_uncertain", None) for path, error in errors.items()}
         paths = [path for path, state in states.items() if state is is_uncertain]
-        retry = functools.partial(sender.retrying, is_uncertain=bool(is_uncertain))
+        retry = functools.partial(sender.retrying, is_upload=True, is_uncertain=bool(is_uncertain))
         options = {"content_type": content_type, "checksum": None, "retry": retry}
         pairs = [(path, blobs[path]) for path in paths]
         ends = transfer_manager.upload_many(pairs, upload_kwargs=options, **pool)
@@ -1413,7 +1427,7 @@ def run_batches(run: Run, plan: Plan, places: range, folder: str, sender: Sender
             yield fatal_result(error, run)
         while pending:
             yield collect(run, pending)
-        sender.count(last_files=int(sender.accepted))
+        sender.count(last_files=int(sender.accepted), asked_more=-sender.told)
 
 
 def collect(run: Run, pending: list[Future[list[Result]]], *others: Future[Any]) -> Result:
@@ -1472,15 +1486,15 @@ def claim_directory(run: Run, plan: Plan) -> str:
     needed = needed if run.bucket or not run.resume else 0  # files may be there already
     which = f"--{'temp' if run.bucket else 'output'}-dir {directory!r}"
     spool = os.path.join(directory, f".wattif-{os.getuid()}") if run.bucket else directory
-    above = Path(os.path.abspath(spool))
+    wanted = Path(os.path.abspath(spool))
     try:
+        existing = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(0, "no directory that can be written", existing)
         if not run.dry_run:
             os.makedirs(spool, exist_ok=True)
         if run.bucket and os.path.lexists(spool):
             lock_spool(spool, run.dry_run)
-        existing = next(path for path in (above, *above.parents) if os.path.lexists(path))
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise OSError(0, "no directory that can be written", existing)
         free = shutil.disk_usage(existing).free
     except BlockingIOError:
         raise RunError(f"{which} is in use by another run; wait or give another", 1) from None
@@ -1488,7 +1502,9 @@ def claim_directory(run: Run, plan: Plan) -> str:
         cause = f"{error.filename or directory}: {error.strerror or error}"
         raise RunError(f"{which} cannot be written: {cause}; name another") from None
     if free < needed:
-        remedy = f"give --max-disk {free * 9 // 10**7}MB, or another directory" if run.bucket else "lower --meters"
+        fitting = free * 9 // 10 // 10**6 * 10**6
+        cap = f"give --max-disk {fitting // 10**6}MB, or " if fitting >= plan.least_disk else ""
+        remedy = f"{cap or 'give '}another directory" if run.bucket else "lower --meters"
         raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; {remedy}")
     return spool
 
@@ -1720,7 +1736,8 @@ def measure_rates(progress: Progress, seconds: Sequence[Slot], elapsed: float) -
     """Return what was asked of the bucket, what it took, and since when it throttled."""
     run, plan, total = progress.run, progress.plan, progress.total
     asked = (run.rps_limit or 0) * plan.objects / len(plan.days) / plan.day_files
-    asked = total.asked if run.ramp else asked
+    if run.ramp:
+        asked = max(itertools.accumulate(slot.asked_more for slot in seconds))
     first, last = find_steady(seconds)
     length, steady = fold(seconds[first:last], MOST_SLOTS)
     rates: dict[str, Any] = {}
@@ -1959,10 +1976,11 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
     seconds = per_second(progress.total.timeline, record["elapsed_seconds"])
     if len(seconds) > 3 and "utf" in sys.stderr.encoding.lower():
         kinds = {"upload": "uploaded", "write": "written", "verify": "verified"}
-        yield from draw_rows(kinds[record["mode"]], seconds)
-    if record["responses"]:
+        *rows, axis = draw_rows(kinds[record["mode"]], seconds)
+        yield from [*rows, axis] if rows else ()
+    if record["responses"] or record["no_response"]:
         responses = sorted(record["responses"].items())
-        answers = ", ".join(f"{count:,} of {status}" for status, count in responses)
+        answers = ", ".join(f"{count:,} of {status}" for status, count in responses) or "none"
         silent = many(record["no_response"], "request")
         yield f"responses    {answers}; {silent} without one, {record['retries']:,} retries"
     if record["latency_histogram"]:
@@ -1991,7 +2009,8 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
         busy = f"the CPU was {record['cpu_share']:.0%} busy"
         yield f"limited by {name}: {waiting} for {things}, {busy}"
     for rule in record["expectations"]:
-        yield f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({rule['value']})"
+        value = "null" if rule["value"] is None else rule["value"]
+        yield f"{'met' if rule['met'] else 'not met'}: {rule['rule']} ({value})"
 
 
 def print_report(progress: Progress, record: dict[str, Any]) -> None:
@@ -2029,6 +2048,11 @@ def print_report(progress: Progress, record: dict[str, Any]) -> None:
     say(f"ended        {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question for the most similar of some names, or nothing."""
+    return "".join(f"; did you mean {one}?" for one in difflib.get_close_matches(name, known, 1))
+
+
 def judge(run: Run, record: dict[str, Any]) -> None:
     """Add to the record what --expect found, and exit status 3 where that alone is wrong."""
     known = {key for key, value in record.items() if isinstance(value, (int, float, type(None)))}
@@ -2036,7 +2060,7 @@ def judge(run: Run, record: dict[str, Any]) -> None:
         key, sign, number = re.fullmatch(EXPECTATION, rule).groups()
         if key not in known - WORDS:
             numbers = ", ".join(sorted(known - WORDS))
-            raise RunError(f"--expect {rule}: the record has no such number, but {numbers}")
+            raise RunError(f"--expect {rule}: the record has no such number{nearest(key, known)}; it has {numbers}")
         value = record[key]
         is_met = value is not None and COMPARISONS[sign](value, float(number))
         record["expectations"].append({"rule": re.sub(r"\s", "", rule), "value": value, "met": is_met})
@@ -2045,22 +2069,24 @@ def judge(run: Run, record: dict[str, Any]) -> None:
 
 
 def store_record(run: Run, stop: ctypes.c_byte, record: dict[str, Any]) -> None:
-    """Put the record of a complete run beside its data."""
+    """Put the record of a complete run beside its data; without a new object it replaces none."""
     name = f"_wattif/{run.start}_{run.end}_task-{run.task_index}-of-{run.task_count}.json"
     name = f"{run.prefix}/{name}" if run.prefix else name
     path, text = Path(str(run.output_dir), name), render_json(record)
     try:
         if run.bucket:
             sender = Sender(run, stop, find_credentials(run, stop), time.monotonic())
-            blob = open_bucket(run, sender).blob(name)
+            generation = None if record["objects_done"] else 0
+            options = {"retry": sender.retrying, "if_generation_match": generation}
             with contextlib.suppress(FileExistsError):  # an answer was lost
-                blob.upload_from_string(text, "application/json", retry=sender.retrying)
-        else:
+                blob = open_bucket(run, sender).blob(name)
+                blob.upload_from_string(text, "application/json", **options)
+        elif record["objects_done"] or not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(str(path), [text.encode()], is_measured=False)
     except (Exception, KeyboardInterrupt) as error:
-        if IS_THERE.match(cause_of(error)):
-            return  # that of an earlier run, which the role may not replace
+        if not record["objects_done"] and IS_THERE.match(cause_of(error)):
+            return  # one is there
         if not stop.value:
             fatal_result(error, run)  # which raises it if it is our fault
         cause = "the run was stopped" if stop.value else explain(error, run)
@@ -2108,7 +2134,7 @@ SCHEDULERS = (  # their variables for a task's index from 0 on, and for the numb
     ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),  # Cloud Batch
     ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),  # Cloud Run jobs
     ("JOB_COMPLETION_INDEX", ""),  # Kubernetes Indexed Jobs, which do not say the count
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MAX"),
 )
 
 
@@ -2145,10 +2171,13 @@ def find_task(index: int | None, count: int | None) -> tuple[int, int, str]:
     if names and None in (index, count):
         values = [os.environ.get(name, "0") for name in names]
         if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
-            raise RunError(f"{names[0]} and its like are not numbers; give --task-index and --task-count")
+            raise RunError(f"{names[0]} is {values[0]!r}, its like {values[1:]}; give --task-index and --task-count")
+        task, tasks, *last = map(int, values)
+        if count is None and last not in ([], [tasks - 1]):
+            raise RunError("this is no whole Slurm array from 0 on; give --task-count N")
         if index is None:
-            index, source = int(values[0]), names[0]
-        count = count or int(values[1]) or None
+            index, source = task, names[0]
+        count = count or tasks or None
     if index is None and count is None:
         return 0, 1, ""
     if index is None or count is None or index >= count:
@@ -2164,8 +2193,7 @@ def read_settings(argv: Sequence[str]) -> Run:
     if unknown:
         name = unknown[0].partition("=")[0]
         known = [f"--{setting.replace('_', '-')}" for setting in vars(args)]
-        nearest = difflib.get_close_matches(name, known, 1)
-        raise RunError(f"{name} is no flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
+        raise RunError(f"{name} is no flag{nearest(name, known) or '; see --help'}")
     if None in (args.start, args.end):
         raise RunError("--start and --end are required; give both, as YYYY-MM-DD, today or yesterday")
     args.bucket, _, path = (args.bucket or "").partition("/")

@@ -172,6 +172,22 @@ def test_a_refusal_says_only_then_that_an_object_is_there_when_a_try_can_have_st
     assert asked[name] == 2
 
 
+def test_after_a_session_that_was_not_begun_no_object_is_there(made: dict[str, Any], tmp_path: Path) -> None:
+    wanted, asked = made["resumable"], Counter()
+    name = sorted(wanted)[3]
+
+    def fault(request: Request) -> Any:
+        asked[request.name] += 1
+        if request.name != name:
+            return None
+        return 503 if asked[name] == 1 else denied("storage.objects.delete")
+
+    with Server(fault=fault, may_read=False) as server:
+        done = upload(server, *LARGE, "--temp-dir", tmp_path, "--json")
+    only_failed(done, [name], wanted, tmp_path)
+    assert asked[name] == 2
+
+
 def test_after_a_part_that_is_not_the_last_no_object_is_there(made: dict[str, Any], tmp_path: Path) -> None:
     wanted, asked = made["resumable"], Counter()
     name = sorted(wanted)[3]
@@ -221,6 +237,7 @@ def test_equal_failures_are_told_once(made: dict[str, Any], tmp_path: Path) -> N
     with Server(fault=lambda request: refused.get(request.name)) as server:
         done = upload(server, *SMALL, "--temp-dir", tmp_path, "--json")
     told = only_failed(done, refused, made["multipart"], tmp_path)
+    assert sum(told["latency_histogram"].values()) == told["objects_done"]  # what was refused at once would flatter
     first = min(str(path) for path in spool(tmp_path) if NAME.search(str(path))[0] in held)
     assert f"{first} and 4 more: HTTP 403: " in told["failures"][1] and len(told["failures"]) == 2
     assert done.stderr.count("\nfailed: ") == 2

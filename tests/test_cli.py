@@ -128,18 +128,20 @@ def test_a_rate_that_is_none_is_refused() -> None:
         assert done.returncode == 2 and "--rps-limit" in done.stderr and done.stderr.count("\n") == 1
 
 
+def slurm(task: int, count: int, last: int) -> dict[str, str]:
+    """What Slurm tells a task of an array."""
+    values = {"ID": task, "COUNT": count, "MAX": last}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
 @pytest.mark.parametrize(
     ("env", "flags", "source"),
     [
         ({"BATCH_TASK_INDEX": "2", "BATCH_TASK_COUNT": "4"}, (), "BATCH_TASK_INDEX"),
         ({"CLOUD_RUN_TASK_INDEX": "2", "CLOUD_RUN_TASK_COUNT": "4"}, (), "CLOUD_RUN_TASK_INDEX"),
         ({"JOB_COMPLETION_INDEX": "2"}, ("--task-count", 4), "JOB_COMPLETION_INDEX"),
-        ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}, (), "SLURM_ARRAY_TASK_ID"),
-        (
-            {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "1"},
-            ("--task-count", 4),
-            "SLURM_ARRAY_TASK_ID",
-        ),  # run again
+        (slurm(2, 4, 3), (), "SLURM_ARRAY_TASK_ID"),
+        (slurm(2, 1, 2), ("--task-count", 4), "SLURM_ARRAY_TASK_ID"),  # run again
         ({"BATCH_TASK_INDEX": "9", "BATCH_TASK_COUNT": "9"}, ("--task-index", 2, "--task-count", 4), "--task-index"),
     ],
 )
@@ -159,8 +161,9 @@ def test_the_task_comes_from_the_engine(env: dict[str, str], flags: tuple, sourc
         ({}, ("--task-index", 0, "--task-count", 0), "--task-count"),
         ({"JOB_COMPLETION_INDEX": "1"}, (), "--task-count"),
         ({"BATCH_TASK_INDEX": "one", "BATCH_TASK_COUNT": "2"}, (), "BATCH_TASK_INDEX"),
-        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "1"}, (), "--task-count N"),  # a part of an array
-        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "1"}, ("--task-count", 4), "SLURM"),
+        (slurm(7, 1, 7), (), "--task-count N"),  # a part of an array
+        (slurm(1, 4, 4), (), "--task-count N"),  # from 1 to 4
+        (slurm(7, 1, 7), ("--task-count", 4), "SLURM"),
     ],
 )
 def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -> None:
@@ -182,6 +185,8 @@ def test_half_a_task_is_refused(env: dict[str, str], flags: tuple, named: str) -
         ((*DAYS, "--bucket", "My_Bucket"), "has upper-case letters, a bucket has none; write my_bucket"),
         ((*DAYS, "--meters", "1k"), "'1k' is not a whole number from 1 to "),
         ((*DAYS, "--meters", "1,00"), "'1,00' is not a whole number from 1 to "),
+        (("--start", "2024-02-30", "--end", "2024-03-01"), "'2024-02-30' is no day as YYYY-MM-DD"),
+        ((*DAYS, "--expect", "objects_don>1"), "did you mean objects_done?"),
         ((*DAYS, "--max-disk", "20 XB"), "'20 XB' is not a size such as 500000000, 500MB or 2GiB"),
     ],
 )
@@ -222,10 +227,8 @@ def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
         command = [sys.executable, "-c", lost]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert (
-            f"{name} is not installed; pip install -r requirements.txt, or run it by: uv run generator.py"
-            in done.stderr
-        )
+        assert f"{name} is not installed; pip install -r requirements.txt, " in done.stderr
+        assert "or run it by .venv/bin/python or: uv run generator.py\n" in done.stderr
 
 
 def test_the_script_can_be_executed() -> None:
@@ -259,6 +262,11 @@ def test_a_dry_run_checks_directories_space_and_locks(tmp_path: Path, small_disk
     os.close(lock)
     assert wattif(*DAYS, "--meters", 2, "--temp-dir", tmp_path, "--dry-run").returncode == 0
     assert (spool / "kept").exists()
+
+
+def test_a_disk_that_has_no_room_for_two_files_needs_another_directory(small_disk: Path) -> None:
+    done = wattif(*DAYS, "--meters-per-file", 10, "--temp-dir", small_disk, "--dry-run")
+    refused(done, "; give another directory\n")
 
 
 def test_a_dry_run_needs_no_right_to_write_but_where_it_would(tmp_path: Path) -> None:
@@ -310,9 +318,12 @@ def test_the_advice_after_a_verification_fits(tmp_path: Path) -> None:
     second.write_bytes(second.read_bytes().replace(b"0.", b"1."))
     (tmp_path / "dt=2024-01-02" / "stray").write_text("x")
     told = wattif(*flags, "--verify").stderr
-    assert "\nmissing objects: run it with --resume instead of --verify\n" in told
-    assert "\ndifferent objects: run it without --verify, which makes them again\n" in told
-    assert f"\nunexpected objects: rm {tmp_path}/NAME deletes one, with the NAME above\n" in told
+    assert "\nmissing objects: if all flags are those of the upload, run it with --resume instead of --verify\n" in told
+    assert ", run it without --verify, which makes them again\n" in told
+    assert (
+        f"\nunexpected objects: if they belong to no other run, rm {tmp_path}/NAME deletes one, with the NAME above\n"
+        in told
+    )
     assert "1 missing, 1 different, 1 unexpected, 0 unchecked" in told
     assert "gcloud" not in told
 

@@ -269,6 +269,13 @@ def test_a_refused_connection_is_retried(expected: Callable[..., dict], tmp_path
     assert contents(server) == expected(*SMALL)
 
 
+def test_the_wait_for_a_turn_makes_no_token_old(tmp_path: Path) -> None:
+    flags = (*DAY, "--interval", 86_400, "--meters", 8, "--processes", 1, "--rps-limit", 2, "--json")
+    with TokenServer(lifetime=2) as tokens, Server(token=tokens.accepts) as server:
+        done = run_with(service_account(tmp_path, tokens.url), server, tmp_path / "temp", *flags)
+    assert done.returncode == 0 and report(done)["responses"] == {"200": 8}, done.stderr
+
+
 def test_who_pays_is_told_to_the_bucket(tmp_path: Path) -> None:
     bill = refusal(400, "Bucket is a requester pays bucket but no user project provided.")
     payers: list[str | None] = []

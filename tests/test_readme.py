@@ -35,9 +35,10 @@ def blocks(language: str) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of every call of the script in a text."""
-    whole = text.replace("\\\n", " ").replace("$(date -u -d '7 days ago' +%F)", "2024-01-01")
+    whole = text.replace("\\\n", " ")
+    whole = re.sub(r"\$+\(date -u -d '7 days ago' \+[\\%]?%F\)", "2024-01-01", whole)
     script = r"(?:python|run) (?:/code/wattif/)?generator\.py"
-    end = r"(?:'|\\n\"\].*| >>.*)?$"  # of a quoted command, or of the output
+    end = r"(?:'|'? && .*|\"|\\n\"\].*| >>.*)?$"  # of a quoted command, or of the output
     calls = re.findall(rf"^.*{script} (--.*?){end}", whole, re.M)
     return [shlex.split(call) for call in calls]
 

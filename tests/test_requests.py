@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -174,6 +175,16 @@ def test_a_chunk_that_drips_ends_in_the_time_that_its_bytes_allow(tmp_path: Path
         elapsed = time.monotonic() - started
     assert done.returncode == 1 and "timed out" in done.stderr
     assert elapsed < 1 + bytes_of_object / slowest / 100 + 3
+
+
+@pytest.mark.parametrize(("method", "is_sent"), [("POST", True), (None, False)])
+def test_an_answer_of_a_proxy_that_was_asked_for_a_tunnel_says_nothing_of_an_object(method: Any, is_sent: bool) -> None:
+    sender = generator.Sender(SimpleNamespace(), ctypes.c_byte(0), None, start=0.0)
+    sender.thread.due = time.monotonic() + 10
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sender.timed_response(ours, method=method)
+    assert sender.thread.is_sent == is_sent
 
 
 def test_the_number_of_uploads_under_way_follows_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
