@@ -838,7 +838,7 @@ def next_pace(pace: Pace, seconds: float, faults: float | None, doubling: float,
 
 
 class ThreadState(threading.local):
-    """What a thread knows of the request that it makes; moments are those of the monotonic clock."""
+    """What a thread knows of its request; moments are those of the monotonic clock."""
 
     retries: int  # of the request so far
     deadline: float  # after which it is not tried again
@@ -940,7 +940,7 @@ class Sender:
         return retry(functools.partial(self.attempt, is_upload, is_first, request), on_error=before_retry)
 
     def attempt(self, is_upload: bool, is_first: bool, request: Callable[[], Any]) -> Any:
-        """Make a request once, an upload when there is room and, but for further chunks, at its turn."""
+        """Make a request once, an upload when there is room, an object's first one at its turn."""
         thread, entered = self.thread, time.monotonic()
         thread.is_between_chunks = False
         with self.room() if is_upload else contextlib.nullcontext():
@@ -1072,7 +1072,7 @@ class Sender:
             if timed_out or 0 < status < 400:
                 self.adjust(began, thread.due - began, timed_out)
             counts["answer_seconds"] = now - began
-            # An object has one answer, to its last part. What is refused or reset at once would flatter.
+            # An object has one answer, to its last part. Those that refuse at once would flatter.
             if timed_out or "objects" in counts:
                 took, late = now - thread.started, now - thread.turn
                 counts.update(latencies={bucket_of(late): 1}, services={bucket_of(took): 1})
@@ -1527,7 +1527,7 @@ def lock_spool(spool: str, is_trial: bool) -> None:
 
 
 def count_cores() -> int:
-    """Return the cores that affinity and the control groups leave to this process: see cgroups(7)."""
+    """Return the cores that affinity and control groups leave to this process: see cgroups(7)."""
     cores, groups = [len(os.sched_getaffinity(0))], Path("/proc/self/cgroup")
     for path in re.findall("^0::/(.*)", groups.read_text() if groups.exists() else "", re.M):
         for folder in (CONTROL_GROUPS / path, *(CONTROL_GROUPS / path).parents):
