@@ -1067,7 +1067,7 @@ class Sender:
             counts["responses"] = {status: 1}
             self.count(began, no_response=-1)
         if request.method != "GET":
-            is_refused = 400 <= status < 500 and status != 408
+            is_refused = 400 <= status < 500
             thread.is_uncertain |= thread.is_sent and is_last_part(request) and not is_refused
             if timed_out or 0 < status < 400:
                 self.adjust(began, thread.due - began, timed_out)

@@ -148,7 +148,7 @@ def test_an_upload_ends_in_the_time_that_its_bytes_allow(tmp_path: Path, fault: 
         elapsed = time.monotonic() - started
     # The initiation of an upload of 13.6 MB sends as little as a small object.
     assert done.returncode == 1 and "timed out" in report(done)["error"], done.stderr
-    assert 1.5 < report(done)["elapsed_seconds"] < elapsed < 7
+    assert 1.5 < report(done)["elapsed_seconds"] < elapsed < 20
 
 
 def test_the_time_for_the_bytes_is_given_once_for_all_tries(tmp_path: Path) -> None:
