@@ -942,7 +942,6 @@ class Sender:
     def attempt(self, is_upload: bool, is_first: bool, request: Callable[[], Any]) -> Any:
         """Make a request once, an upload when there is room, an object's first one at its turn."""
         thread, entered = self.thread, time.monotonic()
-        thread.is_between_chunks = False
         with self.room() if is_upload else contextlib.nullcontext():
             now = time.monotonic()
             self.count(answer_seconds=(now - entered) * is_upload)
