@@ -401,8 +401,8 @@ def make_plan(run: Run) -> Plan:
     if run.bucket:
         disk = min(objects, processes * (pending_batches + 1) * batch_files) * file_disk
     slices = [split(task_files, index, processes) for index in range(processes)]
-    figures = (batch_files, pending_batches, objects, readings, size, disk, 2 * file_disk)
-    return Plan(days, day_files, slices, *figures)
+    sizes = {"readings": readings, "bytes": size, "disk_bytes": disk, "least_disk": 2 * file_disk}
+    return Plan(days, day_files, slices, batch_files, pending_batches, objects, **sizes)
 
 
 def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
@@ -843,7 +843,7 @@ class ThreadState(threading.local):
     retries: int  # of the request so far
     deadline: float  # after which it is not tried again
     sending: float  # seconds left for its bytes, without end until their number is known
-    due: float  # when the answer must be there
+    due: float = math.inf  # when the answer must be there; a thread of the library sets none
     is_sent: bool  # whether the server has all of the request
     status: int  # of the response, 0 before that
     arrived: dict[str, Any]  # what of an object did, by fields of a Slot
@@ -1043,10 +1043,10 @@ class Sender:
         thread, began = self.thread, time.monotonic()
         needed = len(request.body or b"") / SLOWEST_RATE
         thread.sending = min(thread.sending, needed)
-        left = max(1.0, thread.deadline - began) + thread.sending
+        left = max(1.0, thread.deadline - began) + thread.sending  # a last try has a second
         thread.due = began + min(self.patience() + needed, left)
         thread.is_sent, thread.status, thread.arrived = False, 0, {}
-        self.count(began, no_response=1)  # until it comes
+        self.count(began, no_response=1)  # until the response comes
         try:
             return forward(request, **{**options, "timeout": thread.due - began})
         except OddAnswer as error:  # it is not the service's, or says that the session is lost
@@ -1071,7 +1071,7 @@ class Sender:
             if timed_out or 0 < status < 400:
                 self.adjust(began, thread.due - began, timed_out)
             counts["answer_seconds"] = now - began
-            # An object has one answer, to its last part. Those that refuse at once would flatter.
+            # An object has one answer, to its last part. What is refused at once would flatter.
             if timed_out or "objects" in counts:
                 took, late = now - thread.started, now - thread.turn
                 counts.update(latencies={bucket_of(late): 1}, services={bucket_of(took): 1})
@@ -1095,7 +1095,7 @@ class Sender:
         self.thread.is_sent = bool(options.get("method"))  # a proxy asked for a tunnel has none
         response = http.client.HTTPResponse(sock, *args, **options)
         raw, due = response.fp.raw, self.thread.due
-        read, left = raw.readinto, lambda: max(due - time.monotonic(), 1e-3)
+        read, left = raw.readinto, lambda: min(max(due - time.monotonic(), 1e-3), DAY_SECONDS)
         raw.readinto = lambda buffer: sock.settimeout(left()) or read(buffer)
         return response
 
