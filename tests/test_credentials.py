@@ -19,7 +19,7 @@ import pytest
 import generator
 from conftest import DAY, DAYS, contents, report, spool, start, until, upload, wattif
 from credentials import Certificates, external_account, make_certificates, metadata_environment, service_account
-from server import Reply, Request, Server, TokenServer, document, refusal
+from server import Reply, Request, Server, TokenServer, denied, document, refusal
 
 SMALL = (*DAYS, "--interval", "3600", "--meters", "30", "--processes", "1")
 LARGE = (*DAY, "--meters", "52", "--meters-per-file", "26", "--processes", "1")  # resumable uploads in two chunks
@@ -267,6 +267,19 @@ def test_a_refused_connection_is_retried(expected: Callable[..., dict], tmp_path
             out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and json.loads(out)["no_response"] >= 1, err
     assert contents(server) == expected(*SMALL)
+
+
+def test_a_refused_connection_does_not_say_that_an_object_is_there(tmp_path: Path) -> None:
+    server = Server(create_only=True, may_read=False, fault=lambda request: denied("storage.objects.delete"))
+    address = server.listener.getsockname()
+    server.listener.close()
+    flags = ("--bucket", "a-bucket", "--temp-dir", tmp_path / "temp", *DAY, "--meters", 1, "--interval", 3600, "-v")
+    with start(*flags, STORAGE_EMULATOR_HOST=server.url) as process:
+        assert any("again in " in line for line in process.stderr)
+        server.listener = socket.create_server(address)
+        with server:
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "nothing was accepted: HTTP 403" in err and len(spool(tmp_path)) == 1
 
 
 def test_the_wait_for_a_turn_makes_no_token_old(tmp_path: Path) -> None:
