@@ -930,9 +930,8 @@ class Sender:
             pause = min(random.uniform(0, longest), left)
             log.debug("again in %.1f s: %s", pause, cause_of(error))
             self.wait_until(time.monotonic() + pause)
-            if self.stop.value:
-                raise CancelledError
-            self.count(retries=1, answer_seconds=pause * is_upload)
+            if not self.stop.value:
+                self.count(retries=1, answer_seconds=pause * is_upload)
             thread.retries += 1
 
         # The library decides what is worth a retry. Its pauses and its timeouts are replaced.

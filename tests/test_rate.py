@@ -211,6 +211,21 @@ def test_an_object_after_a_failed_large_one_takes_a_turn(tmp_path: Path) -> None
     assert all(later - earlier > 0.5 for earlier, later in zip(begun, begun[1:]))
 
 
+def test_the_retry_of_a_part_waits_for_its_turn_too(tmp_path: Path) -> None:
+    failed: list[Request] = []
+
+    def fault(request: Request) -> int | None:
+        if "upload_id" not in request.query or len(failed) == 3:
+            return None
+        failed.append(request)
+        return 503
+
+    flags = ("--meters", 25, "--meters-per-file", 25, "--rps-limit", 2, "--processes", 1, "--json")
+    with Server(fault=fault) as server:
+        made = report(upload(server, *DAY, *flags, "--temp-dir", tmp_path))
+    assert made["retries"] == 3 and sum(slot["asked"] - slot["late"] for slot in made["timeline"]) == 4
+
+
 def test_a_thread_takes_no_turn_before_it_is_due() -> None:
     stop, start = ctypes.c_byte(0), time.monotonic()
     run = SimpleNamespace(upload_workers=1, transfer_workers=20, ramp=None, ramp_minutes=20)
