@@ -44,6 +44,7 @@ import random
 import re
 import resource
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -639,8 +640,8 @@ def draw_flaws(key: str, rows: int, counts: dict[str, int]) -> list[tuple[int, s
     kinds = [kind for kind in FLAWS for _ in range(counts.get(kind, 0))]
     places, moved, drawn = rows - counts.get("disorder", 0), {}, []
     random_bytes = hashlib.shake_128(f"flaws/{key}".encode()).digest(8 * len(kinds))
-    for first, kind in enumerate(kinds):
-        number = int.from_bytes(random_bytes[8 * first : 8 * first + 8], "little")
+    numbers = struct.unpack(f"<{len(kinds)}Q", random_bytes)
+    for first, (number, kind) in enumerate(zip(numbers, kinds)):
         other = first + number % (places - first)
         drawn.append((moved.get(other, other), kind))
         moved[other] = moved.get(first, first)
