@@ -233,12 +233,12 @@ def parse_flaws(text: str) -> dict[str, Fraction]:
     shares: dict[str, Fraction] = {}
     for part in text.split(","):
         kind, _, share = part.partition("=")
-        is_number = re.fullmatch(r"([0-9]{1,3}|[0-9]{0,3}\.[0-9]{1,12})%?", share)
-        number = Fraction(share.rstrip("%")) / (100 if "%" in share else 1) if is_number else 0
-        if kind not in FLAWS or kind in shares or not 0 < number < 1:
+        match = re.fullmatch(r"([0-9]{1,3}|[0-9]{0,3}\.[0-9]{1,12})(%?)", share)
+        part_of_rows = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
+        if kind not in FLAWS or kind in shares or not 0 < part_of_rows < 1:
             rule = f"KIND=SHARE above 0 and below 1, as late=1% or late=0.01; each KIND once, of {', '.join(FLAWS)}"
             raise argparse.ArgumentTypeError(f"{part!r} is not {rule}")
-        shares[kind] = Fraction(number)
+        shares[kind] = part_of_rows
     return {kind: shares[kind] for kind in FLAWS if kind in shares}
 
 
@@ -312,7 +312,7 @@ class Run:
     ramp_minutes: float = flag("in which a ramp doubles", 20, "M", (0.01, 1440))
     json: bool = flag("print the record as a line of JSON on standard output")
     record: bool = flag("put the record beside the data, into _wattif/, once all is delivered")
-    expect: Any = flag("exit status 3 unless KEY<N (<=, >, >=) in the record", None, "RULE", RULE, action="append")
+    expect: Any = flag("exit status 3 unless KEY<N (or <=, >, >=); repeatable", None, "RULE", RULE, action="append")
     task_index: int = flag("which share of the run this is, from 0 on", None, "I", (0, MAX_METERS))
     task_count: int = flag("how many shares there are", None, "N", (1, MAX_METERS))
     task_source: str = ""  # the flag or the scheduler's variable that named the task, if any
@@ -390,8 +390,9 @@ def make_plan(run: Run) -> Plan:
     readings, size = meter_days * run.day_rows, meter_days * run.meter_day_bytes
     file_disk = (-(-largest // DISK_BLOCK) + 2 * bool(run.bucket)) * DISK_BLOCK  # with directories
     room = sys.maxsize if run.max_disk is None or run.verify else run.max_disk // file_disk  # files
+    least = 2 * file_disk
     if room < 2:
-        raise RunError(f"--max-disk has no room for 2 files; give at least {2 * file_disk:,}")
+        raise RunError(f"--max-disk has no room for 2 files; give at least {least}, in bytes")
     # The disk holds pending batches, and failed files until they would outnumber a batch.
     processes = min(run.processes, len(task_files), room // 2)
     room //= max(1, processes)
@@ -402,8 +403,7 @@ def make_plan(run: Run) -> Plan:
     if run.bucket:
         disk = min(objects, processes * (pending_batches + 1) * batch_files) * file_disk
     slices = [split(task_files, index, processes) for index in range(processes)]
-    sizes = {"readings": readings, "bytes": size, "disk_bytes": disk, "least_disk": 2 * file_disk}
-    return Plan(days, day_files, slices, batch_files, pending_batches, objects, **sizes)
+    return Plan(days, day_files, slices, batch_files, pending_batches, objects, readings, size, disk, least)
 
 
 def plan_record(run: Run, plan: Plan) -> dict[str, Any]:
@@ -915,21 +915,24 @@ class Sender:
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         thread, is_first = self.thread, not self.thread.is_between_chunks
-        thread.retries, thread.is_uncertain, thread.sending = 0, is_uncertain, math.inf
+        thread.retries, thread.sending = 0, math.inf
+        thread.is_uncertain = is_uncertain
         if is_first:
             thread.deadline = time.monotonic() + self.run.retry_timeout
 
         def before_retry(error: Exception) -> None:
             # After two requests in a row were given up, others are tried once until one succeeds.
-            hopeless = not self.reached and LASTING.search(cause_of(error))
+            cause = cause_of(error)
+            hopeless = not self.reached and LASTING.search(cause)
             # The last try has a second; a pause never takes that from it.
             left = thread.deadline - time.monotonic() - min(1.0, self.patience())
             if left <= 0 or self.given_up > 1 or hopeless:
                 self.given_up += 1
                 raise error
-            longest = min(PAUSE_GROWTH ** min(thread.retries, 50), MAX_WAIT_SECONDS)
+            growth = PAUSE_GROWTH ** min(thread.retries, 50)  # a larger power would overflow one day
+            longest = min(growth, MAX_WAIT_SECONDS)
             pause = min(random.uniform(0, longest), left)
-            log.debug("again in %.1f s: %s", pause, cause_of(error))
+            log.debug("again in %.1f s: %s", pause, cause)
             self.wait_until(time.monotonic() + pause)
             if not self.stop.value:
                 self.count(retries=1, answer_seconds=pause * is_upload)
@@ -954,7 +957,7 @@ class Sender:
             try:
                 response = request()
             except Exception as error:
-                thread.is_between_chunks = False
+                thread.is_between_chunks = False  # or the next object would have this one's deadline
                 is_about_token = type(error).__module__ == "google.auth.exceptions"
                 if is_about_token and not re.search(TOKEN_REFUSED, str(error), re.I):
                     raise ConnectionError(error) from error  # it is retried: the source may recover
@@ -1013,7 +1016,7 @@ class Sender:
 
     def rate_at(self, now: float) -> float:
         """Return how many objects a second may begin now, with --ramp by what was answered."""
-        run, pace = self.run, self.pace or Pace(math.inf)
+        run, pace = self.run, self.pace
         doubling = 60 * run.ramp_minutes
         window = min(10.0, doubling / 10)
         self.paced = self.paced or now
@@ -1061,7 +1064,8 @@ class Sender:
         spent = min(now - began, thread.sending)
         thread.sending -= spent
         thread.deadline += spent
-        status, timed_out = thread.status, not thread.status and now >= thread.due
+        status = thread.status
+        timed_out = not status and now >= thread.due
         if status:
             counts["responses"] = {status: 1}
             self.count(began, no_response=-1)
@@ -1501,9 +1505,9 @@ def claim_directory(run: Run, plan: Plan) -> str:
         cause = f"{error.filename or directory}: {error.strerror or error}"
         raise RunError(f"{which} cannot be written: {cause}; name another") from None
     if free < needed:
-        fitting = free * 9 // 10 // 10**6 * 10**6
-        cap = f"give --max-disk {fitting // 10**6}MB, or " if fitting >= plan.least_disk else ""
-        remedy = f"{cap or 'give '}another directory" if run.bucket else "lower --meters"
+        megabytes = free * 9 // 10**7
+        cap = f"--max-disk {megabytes}MB, or " if megabytes * 10**6 >= plan.least_disk else ""
+        remedy = f"give {cap}another directory" if run.bucket else "lower --meters"
         raise RunError(f"{which} has {in_bytes(free)} free, not {in_bytes(needed)}; {remedy}")
     return spool
 
@@ -1975,8 +1979,9 @@ def describe_measurements(progress: Progress, record: dict[str, Any]) -> Iterato
     seconds = per_second(progress.total.timeline, record["elapsed_seconds"])
     if len(seconds) > 3 and "utf" in sys.stderr.encoding.lower():
         kinds = {"upload": "uploaded", "write": "written", "verify": "verified"}
-        *rows, axis = draw_rows(kinds[record["mode"]], seconds)
-        yield from [*rows, axis] if rows else ()
+        rows = [*draw_rows(kinds[record["mode"]], seconds)]
+        if len(rows) > 1:  # not the time axis alone
+            yield from rows
     if record["responses"] or record["no_response"]:
         responses = sorted(record["responses"].items())
         answers = ", ".join(f"{count:,} of {status}" for status, count in responses) or "none"
@@ -2054,15 +2059,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def judge(run: Run, record: dict[str, Any]) -> None:
     """Add to the record what --expect found, and exit status 3 where that alone is wrong."""
-    known = {key for key, value in record.items() if isinstance(value, (int, float, type(None)))}
+    kinds = (int, float, type(None))
+    known = {key for key, value in record.items() if isinstance(value, kinds)} - WORDS
     for rule in run.expect or ():
         key, sign, number = re.fullmatch(EXPECTATION, rule).groups()
-        if key not in known - WORDS:
-            numbers = ", ".join(sorted(known - WORDS))
-            raise RunError(f"--expect {rule}: the record has no such number{nearest(key, known)}; it has {numbers}")
+        if key not in known:
+            numbers = ", ".join(sorted(known))
+            raise RunError(f"--expect {rule}: the record has no such number{nearest(key, known)} (it has {numbers})")
         value = record[key]
         is_met = value is not None and COMPARISONS[sign](value, float(number))
-        record["expectations"].append({"rule": re.sub(r"\s", "", rule), "value": value, "met": is_met})
+        record["expectations"].append({"rule": f"{key}{sign}{number}", "value": value, "met": is_met})
         if not is_met and not record["exit_status"]:
             record["exit_status"] = 3
 
@@ -2129,7 +2135,7 @@ GROUPS = {  # of the settings that begin with these
     "task_index": "many machines (default: from Cloud Batch, Cloud Run, Slurm or Kubernetes)",
     "temp_dir": "tuning",
 }
-SCHEDULERS = (  # their variables for a task's index from 0 on, and for the number of tasks
+SCHEDULERS = (  # their variables for a task's index, the number of tasks and the last index
     ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),  # Cloud Batch
     ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),  # Cloud Run jobs
     ("JOB_COMPLETION_INDEX", ""),  # Kubernetes Indexed Jobs, which do not say the count
@@ -2169,10 +2175,11 @@ def find_task(index: int | None, count: int | None) -> tuple[int, int, str]:
     names = next((names for names in SCHEDULERS if names[0] in os.environ), ())
     if names and None in (index, count):
         values = [os.environ.get(name, "0") for name in names]
-        if not all(re.fullmatch("[0-9]{1,12}", value) for value in values):
-            raise RunError(f"{names[0]} is {values[0]!r}, its like {values[1:]}; give --task-index and --task-count")
+        for name, value in zip(names, values):
+            if not re.fullmatch("[0-9]{1,12}", value):
+                raise RunError(f"{name}={value} is no number; give --task-index and --task-count")
         task, tasks, *last = map(int, values)
-        if count is None and last not in ([], [tasks - 1]):
+        if count is None and last and last[0] != tasks - 1:
             raise RunError("this is no whole Slurm array from 0 on; give --task-count N")
         if index is None:
             index, source = task, names[0]

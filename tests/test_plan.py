@@ -56,7 +56,8 @@ def test_max_disk_caps_the_use_of_all_processes(expected: Callable[..., dict], t
     assert wattif(*flags, "--max-disk", "1MB", "--output-dir", tmp_path / "out").returncode == 2
     for size in ("245kB", "100kB", "0", "-1", "1XB", "1iB", "GB", "1e9", "9" * 30):
         refused(wattif(*flags, "--max-disk", size, "--dry-run"), "--max-disk")
-    assert "give at least 245,760" in wattif(*flags, "--max-disk", "245kB", "--dry-run").stderr
+    assert "give at least 245760, in bytes" in wattif(*flags, "--max-disk", "245kB", "--dry-run").stderr
+    assert wattif(*flags, "--max-disk", "245760", "--dry-run").returncode == 0
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -295,6 +295,15 @@ def test_the_timeline_of_a_long_run_has_few_slots_and_keeps_peaks(clock: Clock, 
         assert {slot["objects"] for slot in timeline} == {seconds, seconds + 4}
 
 
+def test_a_run_without_an_answer_has_no_time_axis(clock: Clock) -> None:
+    progress = some_progress()
+    clock.now += 10.0
+    told = "\n".join(generator.describe_measurements(progress, generator.make_record(progress, 0)))
+    progress.add(arrived(progress, 5))
+    shown = "\n".join(generator.describe_measurements(progress, generator.make_record(progress, 0)))
+    assert "0:00" not in told and "0:00" in shown
+
+
 def test_results_add_up() -> None:
     total = generator.Result(objects_done=1, failures=[("a", "b")], errors=["first"])
     more = generator.Timeline({3: generator.Slot(objects=1, responses=Counter({200: 1}))})

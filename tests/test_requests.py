@@ -222,6 +222,24 @@ def test_the_number_of_uploads_under_way_follows_the_answers(monkeypatch: pytest
     assert sender.limit == 1
 
 
+def test_a_bucket_that_throttles_does_not_get_more_uploads_at_once(tmp_path: Path) -> None:
+    under_way, peaks, lock = [0], [0], threading.Lock()
+
+    def fault(request: Request) -> int | None:
+        with lock:
+            under_way[0] += 1
+            peaks.append(under_way[0])
+        server.closing.wait(0.02)  # so that those that come at the same time meet
+        with lock:
+            under_way[0] -= 1
+        return 503 if 0 < request.number < 40 else None
+
+    flags = (*DAY, "--interval", 86_400, "--meters", 40, "--processes", 1, "--temp-dir", tmp_path)
+    with Server(fault=fault) as server:
+        done = upload(server, *flags)
+    assert done.returncode == 0 and max(peaks[:40]) <= 3 < max(peaks), (done.stderr, peaks)
+
+
 def test_a_slow_line_carries_every_byte_once(tmp_path: Path) -> None:
     # 64 uploads at once would take 3.6 seconds each, and may take 2.7.
     flags = (*DAY, "--meters", 96, "--processes", 2, "--upload-workers", 1, "--transfer-workers", 32)
